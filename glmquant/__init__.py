@@ -1,0 +1,65 @@
+"""glmquant: quantize ChatGLM and GLM checkpoints into ones that load everywhere.
+
+::
+
+    import glmquant
+
+    glmquant.convert("chatglm3-6b", "chatglm3-6b-int4")      # INT4, groups of 128, compressed-tensors
+    print(glmquant.inspect("chatglm3-6b-int4").nbytes)
+    assert glmquant.verify("chatglm3-6b-int4", source="chatglm3-6b").ok
+
+Importing this package is cheap: torch is loaded when a function that needs it is first looked up.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from ._convert import ConvertResult, convert, plan_conversion
+    from ._inspect import Inspection, inspect
+    from ._verify import Verification, verify
+    from .errors import (
+        GlmquantError,
+        OutputError,
+        QuantizationError,
+        QuantizedSourceError,
+        SourceError,
+        UnsafeFileError,
+        UsageError,
+        VerificationError,
+    )
+    from .plan import Plan
+    from .recipe import Recipe
+    from .scheme import QuantizedTensor, Scheme
+
+_HOMES = {
+    "ConvertResult": "_convert", "convert": "_convert", "plan_conversion": "_convert",
+    "Inspection": "_inspect", "inspect": "_inspect",
+    "Verification": "_verify", "verify": "_verify",
+    "GlmquantError": "errors", "OutputError": "errors", "QuantizationError": "errors",
+    "QuantizedSourceError": "errors", "SourceError": "errors", "UnsafeFileError": "errors",
+    "UsageError": "errors", "VerificationError": "errors",
+    "Plan": "plan", "Recipe": "recipe", "QuantizedTensor": "scheme", "Scheme": "scheme",
+}  # fmt: skip
+
+__all__ = [
+    "ConvertResult", "GlmquantError", "Inspection", "OutputError", "Plan", "QuantizationError",
+    "QuantizedSourceError", "QuantizedTensor", "Recipe", "Scheme", "SourceError", "UnsafeFileError", "UsageError",
+    "Verification", "VerificationError", "__version__", "convert", "inspect", "plan_conversion", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,251 @@
+"""The one path: open, plan, quantize, write, verify, commit. Nothing else knows this order."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _quantize, formats, quantizers
+from ._hashing import BackgroundHasher, sha256
+from ._open import OpenedSource, PathLike, open_source
+from ._quantize import ItemError, Task, TaskResult
+from ._report import build_report, item_entry
+from ._sidecars import sidecar_files, to_json
+from ._verify import check_written
+from ._version import __version__
+from .checkpoint.output import REPORT, OutputFolder, check_out, write_synced
+from .checkpoint.sink import ShardedSink, ShardLayout
+from .errors import OutputError
+from .plan import Plan, make_plan
+from .recipe import Recipe
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all, and the name of what is being worked on."""
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion did. `report` is the content of ``quantization_report.json``."""
+
+    out: Path
+    plan: Plan
+    report: dict[str, Any]
+
+
+def plan_conversion(
+    source: PathLike, recipe: Recipe | None = None, *, adapter: PathLike | None = None
+) -> Plan:
+    """What `convert` would do, from headers alone.
+
+    Raises:
+        GlmquantError: whatever `convert` would refuse before it reads a weight.
+    """
+    return make_plan(open_source(source, adapter).source, recipe or Recipe())
+
+
+def convert(
+    source: PathLike,
+    out: PathLike,
+    recipe: Recipe | None = None,
+    *,
+    adapter: PathLike | None = None,
+    workers: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ConvertResult:
+    """Quantize the checkpoint `source` into the new folder `out`.
+
+    The same input gives the same bytes, whatever the number of workers. Memory stays at a few dozen megabytes
+    for each worker, whatever the size of the model.
+
+    Args:
+        source: a model folder.
+        out: the folder to write; it appears only when it is whole and verified.
+        recipe: what to do; by default INT4 in groups of 128 columns, as compressed-tensors.
+        adapter: a PEFT LoRA folder to merge first.
+        workers: threads that quantize; by default one for each core this process may use.
+        resume: go on from the whole shards that an interrupted run left behind.
+        force: replace an `out` that glmquant wrote before.
+        progress: see `Progress`.
+
+    Raises:
+        GlmquantError: see `glmquant.errors`; `out` is as it was before.
+    """
+    opened = open_source(source, adapter)
+    plan = make_plan(opened.source, recipe or Recipe())
+    folder = Path(out).expanduser().absolute()
+    _check_places(opened, folder)
+    check_out(folder, force=force)
+    with OutputFolder(folder, _digest(plan, opened), resume=resume, force=force) as output:
+        finished = _whole_shards(output, plan)
+        _check_room(plan, finished, output.partial)
+        with _one_torch_thread(), BackgroundHasher(opened.source.files) as hasher:
+            hashes, entries = _write_weights(
+                plan, opened, output, finished, workers or _cores(), hasher, progress
+            )
+            source_files = hasher.result()
+        files = sidecar_files(opened.folder, opened.source.config, plan)
+        for name, data in files.items():
+            write_synced(output.partial / name, data)
+        if len(plan.shards) > 1:
+            files["model.safetensors.index.json"] = index = to_json(_index(plan))
+            write_synced(output.partial / "model.safetensors.index.json", index)
+        check_written(output.partial, plan, hashes)
+        report = build_report(plan, opened, source_files, hashes, files, entries)
+        write_synced(output.partial / REPORT, to_json(report))
+        output.commit()
+    return ConvertResult(folder, plan, report)
+
+
+def _write_weights(
+    plan: Plan,
+    opened: OpenedSource,
+    output: OutputFolder,
+    finished: dict[str, Any],
+    workers: int,
+    hasher: BackgroundHasher,
+    progress: Progress | None,
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Quantize and write every shard that is not finished; returns hashes by file and report entries by item."""
+    fmt = formats.get(str(plan.recipe.format))
+    quantizer = quantizers.get(plan.recipe.method) if plan.recipe.method else None
+    shard_of = {tensor.name: shard for shard in plan.shards for tensor in shard.tensors}
+    entries: dict[str, Any] = {}
+    by_shard: dict[str, dict[str, Any]] = {shard.file: {} for shard in plan.shards}
+    for file, entry in finished.items():
+        entries.update(entry["items"])
+        by_shard[file] = entry["items"]
+
+    def on_shard(file: str, digest: str) -> None:
+        output.record(file, {"sha256": digest, "items": by_shard[file]})
+
+    sink = ShardedSink(
+        output.partial,
+        plan.shards,
+        finished={file: entry["sha256"] for file, entry in finished.items()},
+        on_shard=on_shard,
+    )
+    todo = []
+    done = 0
+    for item in plan.items:
+        if shard_of[item.outputs[0].name].file in finished:
+            done += item.source_nbytes
+        else:
+            todo.extend(_quantize.tasks(item, fmt.row_multiple))
+    hasher.consumed(done)
+    error = ItemError()
+    try:
+        for task, result in _in_order(
+            todo, workers, lambda t: _quantize.run(t, opened.source, quantizer, fmt)
+        ):
+            item = task.item
+            error.add(result)
+            if task.stop == (item.shape[0] if item.shape else 1):
+                entry = item_entry(item, error)
+                entries[item.name] = by_shard[shard_of[item.outputs[0].name].file][item.name] = entry
+                error = ItemError()
+            for name, rows in result.rows.items():
+                sink.write_rows(name, rows)
+            done += task.nbytes
+            hasher.consumed(task.nbytes)
+            if progress is not None:
+                progress(done, plan.source_nbytes, item.name)
+        return sink.close(), entries
+    except BaseException:
+        sink.abandon()
+        raise
+
+
+def _in_order(
+    todo: list[Task], workers: int, work: Callable[[Task], TaskResult]
+) -> Iterator[tuple[Task, TaskResult]]:
+    """Results of `work` in the order of `todo`, a few tasks ahead of the caller; without threads for one worker."""
+    if workers == 1:
+        for task in todo:
+            yield task, work(task)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="glmquant-work") as pool:
+        ahead: deque[tuple[Task, Future[TaskResult]]] = deque()
+        try:
+            for task in todo:
+                ahead.append((task, pool.submit(work, task)))
+                if len(ahead) > 2 * workers:
+                    first, future = ahead.popleft()
+                    yield first, future.result()
+            while ahead:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+
+def _digest(plan: Plan, opened: OpenedSource) -> str:
+    """Identifies what would be written, so that nothing else is resumed."""
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in opened.source.files]
+    return plan.digest(__version__, torch.__version__, repr(state))
+
+
+def _whole_shards(output: OutputFolder, plan: Plan) -> dict[str, Any]:
+    """Journal entries of the shards that are whole by their hash; others are dropped."""
+    sizes = {shard.file: shard.nbytes for shard in plan.shards}
+    for file, entry in list(output.finished.items()):
+        path = output.partial / file
+        if not path.exists() or path.stat().st_size != sizes[file] or sha256(path) != entry["sha256"]:
+            output.forget(file)
+    return dict(output.finished)
+
+
+def _check_places(opened: OpenedSource, out: Path) -> None:
+    source, target = opened.folder.resolve(), out.resolve()
+    if target == source or target.is_relative_to(source):
+        raise OutputError(f"OUT {out} is inside the source {opened.folder}; choose a folder elsewhere.")
+    if source.is_relative_to(target):
+        raise OutputError(f"the source {opened.folder} is inside OUT {out}; choose another OUT.")
+
+
+def _check_room(plan: Plan, finished: dict[str, Any], folder: Path) -> None:
+    needed = sum(shard.nbytes for shard in plan.shards if shard.file not in finished)
+    # Not counting on what half-written files take: they are gone by now.
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"the conversion needs {needed / 2**30:.2f} GiB in {folder.parent}, where only {free / 2**30:.2f} GiB "
+            "are free; free some space or choose an OUT on another disk."
+        )
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    def tensors(shard: ShardLayout) -> dict[str, str]:
+        return {tensor.name: shard.file for tensor in shard.tensors}
+
+    total = sum(tensor.nbytes for shard in plan.shards for tensor in shard.tensors)
+    weight_map = {name: file for shard in plan.shards for name, file in tensors(shard).items()}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """One worker per core beats torch's own threads here: no barrier after each of a dozen short operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

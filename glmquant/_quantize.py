@@ -1,0 +1,147 @@
+"""The work on one block of rows: quantize, encode, decode again, compare, measure.
+
+Runs in worker threads, one torch thread each; blocks are small enough to stay in a core's cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .checkpoint.source import TensorSource, torch_dtype
+from .errors import GlmquantError, QuantizationError
+from .formats import Format, StoredWeight
+from .families import Role
+from .plan import Item
+from .quantizers import Quantizer
+from .scheme import QuantizedTensor, Scheme
+
+# Rows of a source tensor that are read, worked on and written together.
+TASK_BYTES = 16 << 20
+# Weights in one call of a quantizer: large enough to hide the cost of calling torch operations (some 2 us each),
+# small enough for its float32 copies to stay in the caches.
+_BLOCK_WEIGHTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows ``start..stop`` of an item (relative to the item)."""
+
+    item: Item
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the source that it reads."""
+        return self.item.source_nbytes * (self.stop - self.start) // max(1, self.item.shape[0])
+
+
+@dataclass
+class TaskResult:
+    """Stored rows by tensor name, and sums for the error of the tensor."""
+
+    rows: dict[str, torch.Tensor]
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+
+def tasks(item: Item, row_multiple: int) -> list[Task]:
+    """Cut an item into tasks; depends on nothing but the item, so that results do not depend on workers."""
+    rows = item.shape[0] if item.shape else 1
+    step = max(1, TASK_BYTES * rows // max(1, item.source_nbytes))
+    step = -(-step // row_multiple) * row_multiple
+    return [Task(item, start, min(rows, start + step)) for start in range(0, rows, step)]
+
+
+def run(task: Task, source: TensorSource, quantizer: Quantizer | None, fmt: Format) -> TaskResult:
+    """Do one task.
+
+    Raises:
+        QuantizationError: naming the tensor.
+    """
+    item = task.item
+    with torch.inference_mode():
+        rows = source.read(item.source, item.start + task.start, item.start + task.stop)
+        try:
+            if item.scheme is None:
+                return TaskResult({item.name: _copied(rows, item)})
+            assert quantizer is not None
+            return _quantized(rows, item, item.scheme, quantizer, fmt)
+        except QuantizationError as error:
+            raise QuantizationError(
+                f"{item.source} cannot be converted: {error} (rows {item.start + task.start} to "
+                f"{item.start + task.stop - 1}); the checkpoint is damaged or diverged in training."
+            ) from None
+
+
+def _copied(rows: torch.Tensor, item: Item) -> torch.Tensor:
+    copied = rows.to(torch_dtype(item.outputs[0].dtype))
+    if item.role is not Role.BUFFER and not _all_finite(copied):
+        if _all_finite(rows):
+            raise QuantizationError(f"it holds values beyond the range of {item.outputs[0].dtype}")
+        raise QuantizationError("it holds NaN or an infinite value")
+    return copied
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    # x - x is 0 for every number and NaN otherwise, and so is a sum of such; faster than isfinite().all().
+    flat = tensor.reshape(-1)
+    return all(
+        bool(torch.isfinite((piece - piece).sum())) for piece in flat.split(_BLOCK_WEIGHTS)
+    )
+
+
+def _quantized(
+    rows: torch.Tensor, item: Item, scheme: Scheme, quantizer: Quantizer, fmt: Format
+) -> TaskResult:
+    step = max(1, _BLOCK_WEIGHTS // rows.shape[1])
+    step = -(-step // fmt.row_multiple) * fmt.row_multiple
+    result = TaskResult({})
+    pieces: dict[str, list[torch.Tensor]] = {}
+    for block in rows.split(step):
+        quantized = quantizer(block, scheme)
+        stored = fmt.encode(item.name, quantized)
+        weight = StoredWeight(item.name, scheme, (block.shape[0], block.shape[1]))
+        _compare(quantized, fmt.decode(stored, weight), item, fmt)
+        exact = block.float()
+        error = quantized.dequantize().sub_(exact)
+        result.squared_error += error.mul_(error).sum().item()
+        result.squared_norm += exact.mul_(exact).sum().item()
+        for name, tensor in stored.items():
+            pieces.setdefault(name, []).append(tensor)
+    result.rows = {name: torch.cat(parts) for name, parts in pieces.items()}
+    return result
+
+
+def _compare(before: QuantizedTensor, after: QuantizedTensor, item: Item, fmt: Format) -> None:
+    """What a reader will decode must be what was meant."""
+    same = torch.equal(before.codes, after.codes) and torch.equal(before.scale, after.scale)
+    if before.zero_point is not None:
+        same = same and after.zero_point is not None and torch.equal(before.zero_point, after.zero_point)
+    if not same:
+        raise GlmquantError(
+            f"{item.name} did not survive encoding as {fmt.name}; this is a fault of glmquant, please report it."
+        )
+
+
+@dataclass
+class ItemError:
+    """Running sums over the tasks of an item."""
+
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    done: int = field(default=0)
+
+    def add(self, result: TaskResult) -> None:
+        """Count one more task, in order."""
+        self.squared_error += result.squared_error
+        self.squared_norm += result.squared_norm
+
+    @property
+    def relative(self) -> float:
+        """``||w - w'|| / ||w||`` (Frobenius), 0 for a tensor of zeros."""
+        if self.squared_norm == 0:
+            return 0.0
+        return float((self.squared_error / self.squared_norm) ** 0.5)

@@ -1,0 +1,80 @@
+"""``quantization_report.json``: what was done to what, and how well. No dates: same input, same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ._open import OpenedSource
+from ._quantize import ItemError
+from ._version import __version__
+from .plan import Item, Plan
+
+_PACKAGES = ("torch", "safetensors")
+
+
+def item_entry(item: Item, error: ItemError) -> dict[str, Any]:
+    """The report's line for one weight; errors to six digits, beyond which they depend on the machine."""
+    entry: dict[str, Any] = {"bytes": item.nbytes, "scheme": str(item.scheme) if item.scheme else None}
+    if item.scheme is not None:
+        entry["relative_error"] = float(f"{error.relative:.6g}")
+    return entry
+
+
+def build_report(
+    plan: Plan,
+    opened: OpenedSource,
+    source_files: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    sidecars: Mapping[str, bytes],
+    entries: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Put the report together; `relative_error` is ``||w - w'|| / ||w||`` (Frobenius) throughout."""
+    quantized = {name: e["relative_error"] for name, e in entries.items() if e["scheme"]}
+    weights = sum(_elements(item.shape) for item in plan.items)
+    summary: dict[str, Any] = {
+        "bytes": plan.nbytes,
+        "source_bytes": plan.source_nbytes,
+        "bits_per_weight": float(f"{8 * plan.nbytes / weights:.4g}"),
+    }
+    if quantized:
+        worst = max(quantized, key=lambda name: quantized[name])
+        summary["mean_relative_error"] = float(f"{sum(quantized.values()) / len(quantized):.6g}")
+        summary["worst_relative_error"] = quantized[worst]
+        summary["worst_tensor"] = worst
+    files = {
+        shard.file: {"bytes": shard.nbytes, "sha256": hashes[shard.file]} for shard in plan.shards
+    }
+    for name, data in sorted(sidecars.items()):
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {
+        "glmquant": __version__,
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "model": plan.model,
+        "family": plan.family,
+        "recipe": plan.recipe.to_json(),
+        "source": {
+            "stored_as": opened.stored_as.name,
+            "adapter": opened.adapter is not None,
+            "files": dict(source_files),
+        },
+        "files": files,
+        "summary": summary,
+        "tensors": {item.name: entries[item.name] for item in plan.items},
+    }
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for dimension in shape:
+        count *= dimension
+    return count
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,108 @@
+"""The files beside the weights: configuration, generation defaults, tokenizer, licences.
+
+No file that this module writes asks a reader to run code from the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import families, formats
+from .checkpoint.files import read_json
+from .plan import Plan
+
+_CARRIED = (
+    "generation_config.json",
+    "tokenizer.json", "tokenizer.model", "ice_text.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "LICENSE*", "MODEL_LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+# Rows of the embedding beyond the tokenizer are padding; with this many, the role tokens of ChatGLM3 exist.
+_CHATGLM3_ROWS = 65024
+_CHATGLM3_STOPS = [2, 64795, 64797]  # </s>, <|user|>, <|observation|>
+
+
+def sidecar_files(folder: Path, source_config: Mapping[str, Any], plan: Plan) -> dict[str, bytes]:
+    """Everything but the weights and the report, by file name."""
+    files = {}
+    for pattern in _CARRIED:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file():
+                files[path.name] = path.read_bytes()
+    files["config.json"] = to_json(output_config(source_config, plan))
+    repo = _repository(source_config)
+    if "tokenizer_config.json" in files:
+        tokenizer = read_json(folder / "tokenizer_config.json")
+        native = plan.recipe.layout == "native"
+        files["tokenizer_config.json"] = to_json(without_code(tokenizer, None if native else repo))
+    if plan.recipe.layout == "native":
+        from .tokenizers import fast_tokenizer_files
+
+        files.update(fast_tokenizer_files(folder) or {})
+        files.setdefault("generation_config.json", to_json(generation_config(source_config, plan)))
+    return dict(sorted(files.items()))
+
+
+def output_config(source_config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """``config.json`` of the output."""
+    family = families.FAMILIES[plan.family]
+    if plan.recipe.layout == "native" and family.native_config is not None:
+        config = family.native_config(source_config)
+    else:
+        config = without_code(dict(source_config), _repository(source_config))
+        if plan.family == "chatglm2":
+            # What vLLM and SGLang look for.
+            config["architectures"] = ["ChatGLMModel"]
+            config["original_rope"] = config.get("original_rope", True)
+    config.update(formats.get(str(plan.recipe.format)).config(plan))
+    return config
+
+
+def generation_config(source_config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Sampling defaults of the original ``chat()``, for models whose folders lack a generation_config.json."""
+    stops: Any = source_config.get("eos_token_id")
+    if plan.family == "chatglm2" and plan.dims.vocab == _CHATGLM3_ROWS and stops == 2:
+        stops = _CHATGLM3_STOPS
+    defaults = {
+        "do_sample": True,
+        "eos_token_id": stops,
+        "max_length": min(8192, plan.dims.context),
+        "pad_token_id": source_config.get("pad_token_id"),
+        "temperature": 0.8,
+        "top_p": 0.8,
+    }
+    return {key: value for key, value in defaults.items() if value is not None}
+
+
+def without_code(config: dict[str, Any], repository: str | None) -> dict[str, Any]:
+    """`config` with ``auto_map`` pointing at `repository` (``org/name--module.Class``), or without it.
+
+    A bare module name would make a loader run Python from the folder, and no Python is carried along.
+    """
+    auto_map = config.pop("auto_map", None)
+    if isinstance(auto_map, dict) and repository:
+        config["auto_map"] = {key: _qualified(value, repository) for key, value in auto_map.items()}
+    return config
+
+
+def _qualified(value: Any, repository: str) -> Any:
+    if isinstance(value, str):
+        return value if "--" in value else f"{repository}--{value}"
+    if isinstance(value, list):  # tokenizers: [slow, fast]
+        return [_qualified(v, repository) for v in value]
+    return value
+
+
+def _repository(config: Mapping[str, Any]) -> str | None:
+    name = config.get("_name_or_path")
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """JSON as Hugging Face folders have it: two spaces, sorted, a newline at the end."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,53 @@
+"""Every error that glmquant raises on purpose.
+
+::
+
+    GlmquantError                 one sentence: what is wrong, where, what to do next
+    ├── UsageError                options that contradict each other, or a scheme no format can hold
+    ├── SourceError               the checkpoint that is read is missing, damaged or unknown
+    │   ├── UnsafeFileError       a file that would run code or reach outside its folder
+    │   └── QuantizedSourceError  the checkpoint is already quantized
+    ├── QuantizationError         a weight that cannot be quantized (NaN, Inf, scale overflow)
+    ├── OutputError               OUT cannot be written: exists, is locked, disk full
+    └── VerificationError         what was written is not what was planned
+
+The command line exits with ``exit_status``: 2 for bad usage or bad input, 1 where the honest answer is "no".
+"""
+
+from __future__ import annotations
+
+
+class GlmquantError(Exception):
+    """Base class; the message is meant to be shown to a person as it is."""
+
+    exit_status = 2
+
+
+class UsageError(GlmquantError):
+    """The request itself cannot be met, whatever the checkpoint holds."""
+
+
+class SourceError(GlmquantError):
+    """The checkpoint that is read is missing something, damaged, or of no known kind."""
+
+
+class UnsafeFileError(SourceError):
+    """A checkpoint file would run code or points outside its own folder; nothing of it was used."""
+
+
+class QuantizedSourceError(SourceError):
+    """The checkpoint is quantized already, in a way that cannot be converted from."""
+
+
+class QuantizationError(GlmquantError):
+    """A weight has no sound quantized form, for example because it holds NaN."""
+
+
+class OutputError(GlmquantError):
+    """The output folder cannot be written; nothing that was there has been touched."""
+
+
+class VerificationError(GlmquantError):
+    """The written files differ from the plan or from their recorded hashes."""
+
+    exit_status = 1

@@ -1,0 +1,223 @@
+"""What a model family is: a table of tensors and a few figures, no code that touches weights.
+
+A `Family` answers, from ``config.json`` alone: which tensors must a checkpoint hold, with which shapes, which
+of them are linear weights, and what are they called in transformers' native layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from ..errors import SourceError
+
+Config = Mapping[str, Any]
+
+
+class Role(str, Enum):
+    """What a tensor is for; decides whether it is quantized."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    BIAS = "bias"
+    BUFFER = "buffer"  # stored by the original code and never read by it
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes of a model, in elements.
+
+    `heads` * `head_dim` need not equal `hidden`. `context` is the longest sequence the model was made for.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context: int
+    qkv_bias: bool = True
+    tied_head: bool = False
+
+    def sizes(self) -> dict[str, int]:
+        """The names that `TensorRule.shape` may use."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "hidden": self.hidden,
+            "vocab": self.vocab,
+            "q": q,
+            "kv": kv,
+            "qkv": q + 2 * kv,
+            "ffn": self.ffn,
+            "2ffn": 2 * self.ffn,
+            # rotary frequencies: half of each head is rotated, in pairs
+            "rotary": self.head_dim // 4,
+        }
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """One line of a family's table.
+
+    Attributes:
+        name: as the checkpoint stores it; ``{layer}`` stands for the layer number.
+        shape: sizes by name, see `Dims.sizes`.
+        role: what it is for.
+        native: the tensors it becomes in the native layout, in row order, as (name, rows by name);
+            empty where the native layout has no such tensor.
+        when: a field of `Dims` that must be true for the tensor to exist.
+        optional: a checkpoint may leave it out.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    role: Role
+    native: tuple[tuple[str, str], ...] = ()
+    when: str | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows ``start..stop`` of a source tensor, which the native layout stores under a name of its own."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A `TensorRule` for one layer of one model."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    layer: int | None
+    native: tuple[Part, ...]
+    optional: bool
+
+
+@dataclass(frozen=True)
+class LayoutTensor:
+    """A tensor of an output layout: rows ``start..stop`` of the source tensor `source`."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    layer: int | None
+    source: str
+    start: int
+    stop: int
+    optional: bool
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family, as data.
+
+    Attributes:
+        name: key by which recipes, reports and tests know it.
+        rules: the table of tensors; rules with ``{layer}`` apply to every layer.
+        layouts: output layouts that exist for it, the default first.
+        read_dims: sizes from a config; raises KeyError for an absent field.
+        describe: the published model that a config looks like, for people.
+        native_config: ``config.json`` of the native layout, without the quantization part; None if there is none.
+        unsupported: switches of the original code that no published model sets, with the only value known here.
+    """
+
+    name: str
+    rules: tuple[TensorRule, ...]
+    layouts: tuple[str, ...]
+    read_dims: Callable[[Config], Dims]
+    describe: Callable[[Config], str]
+    native_config: Callable[[Config], dict[str, Any]] | None = None
+    unsupported: Mapping[str, Any] | None = None
+
+    def dims(self, config: Config) -> Dims:
+        """Sizes of the model; `SourceError` names what config.json lacks or states wrongly."""
+        for key, expected in (self.unsupported or {}).items():
+            if key in config and config[key] != expected:
+                raise SourceError(
+                    f"config.json sets {key} to {config[key]!r}, a variant of {self.name} that no published "
+                    f"model uses and glmquant does not know (only {expected!r})."
+                )
+        try:
+            dims = self.read_dims(config)
+        except KeyError as error:
+            raise SourceError(f"config.json of this {self.name} model lacks {error}.") from None
+        except (TypeError, ValueError) as error:
+            raise SourceError(
+                f"config.json of this {self.name} model has a bad value: {error}."
+            ) from None
+        for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab"):
+            value = getattr(dims, field)
+            if not isinstance(value, int) or value <= 0:
+                raise SourceError(f"config.json gives {field} as {value!r}; it must be positive.")
+        return dims
+
+    def tensors(self, dims: Dims) -> Iterator[TensorSpec]:
+        """Every tensor of the model, in the order in which data flows through it."""
+        sizes = dims.sizes()
+        before = [r for r in self.rules if r.role is Role.EMBEDDING]
+        layered = [r for r in self.rules if "{layer}" in r.name]
+        after = [r for r in self.rules if r not in before and r not in layered]
+        for rule in before:
+            yield from self._expand(rule, dims, sizes, None)
+        for layer in range(dims.layers):
+            for rule in layered:
+                yield from self._expand(rule, dims, sizes, layer)
+        for rule in after:
+            yield from self._expand(rule, dims, sizes, None)
+
+    def in_layout(self, dims: Dims, layout: str) -> Iterator[LayoutTensor]:
+        """Every tensor of an output layout, ``native`` or ``original``, in the order of `tensors`."""
+        for spec in self.tensors(dims):
+            whole = (Part(spec.name, 0, spec.shape[0]),)
+            for part in spec.native if layout == "native" else whole:
+                yield LayoutTensor(
+                    name=part.name,
+                    shape=(part.stop - part.start, *spec.shape[1:]),
+                    role=spec.role,
+                    layer=spec.layer,
+                    source=spec.name,
+                    start=part.start,
+                    stop=part.stop,
+                    optional=spec.optional,
+                )
+
+    def layout_of(self, config: Config) -> str:
+        """The layout of a checkpoint with this ``config.json``."""
+        return "original" if config.get("model_type") == "chatglm" else "native"
+
+    @staticmethod
+    def _expand(
+        rule: TensorRule, dims: Dims, sizes: Mapping[str, int], layer: int | None
+    ) -> Iterator[TensorSpec]:
+        if rule.when is not None and not getattr(dims, rule.when):
+            return
+        parts, start = [], 0
+        for name, rows in rule.native:
+            parts.append(Part(name.format(layer=layer), start, start + sizes[rows]))
+            start += sizes[rows]
+        yield TensorSpec(
+            name=rule.name.format(layer=layer),
+            shape=tuple(sizes[s] for s in rule.shape),
+            role=rule.role,
+            layer=layer,
+            native=tuple(parts),
+            optional=rule.optional or (rule.role is Role.HEAD and dims.tied_head),
+        )
+
+
+def per_layer(prefix: str, rows: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
+    """Put `prefix` (with ``{layer}``) in front of every rule's name."""
+    return tuple(
+        TensorRule(prefix + r.name, r.shape, r.role, r.native, r.when, r.optional) for r in rows
+    )

@@ -1,0 +1,87 @@
+"""transformers-native ``glm`` (GLM-4-9B-hf and what `convert` writes) and ``glm4`` (GLM-4-0414).
+
+``glm4`` differs by two more norms in each layer. Both are native already: names map to themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Config, Dims, Family, Role, TensorRule, per_layer
+
+
+def _dims(config: Config) -> Dims:
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    return Dims(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        ffn=config["intermediate_size"],
+        vocab=config["vocab_size"],
+        context=config["max_position_embeddings"],
+        qkv_bias=config.get("attention_bias", False),
+        tied_head=config.get("tie_word_embeddings", False),
+    )
+
+
+def _native_config(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "auto_map"}
+
+
+def _same(name: str, rows: str, *columns: str, role: Role, when: str | None = None) -> TensorRule:
+    return TensorRule(name, (rows, *columns), role, native=((name, rows),), when=when)
+
+
+def _rules(extra_norms: tuple[str, ...]) -> tuple[TensorRule, ...]:
+    projections = (("q_proj", "q"), ("k_proj", "kv"), ("v_proj", "kv"))
+    layer = (
+        _same("input_layernorm.weight", "hidden", role=Role.NORM),
+        *(_same(f"self_attn.{n}.weight", r, "hidden", role=Role.LINEAR) for n, r in projections),
+        *(
+            _same(f"self_attn.{n}.bias", r, role=Role.BIAS, when="qkv_bias")
+            for n, r in projections
+        ),
+        _same("self_attn.o_proj.weight", "hidden", "q", role=Role.LINEAR),
+        _same("post_attention_layernorm.weight", "hidden", role=Role.NORM),
+        *(_same(f"{n}.weight", "hidden", role=Role.NORM) for n in extra_norms),
+        _same("mlp.gate_up_proj.weight", "2ffn", "hidden", role=Role.LINEAR),
+        _same("mlp.down_proj.weight", "hidden", "ffn", role=Role.LINEAR),
+    )
+    prefix = "model.layers.{layer}."
+    return (
+        _same("model.embed_tokens.weight", "vocab", "hidden", role=Role.EMBEDDING),
+        *(
+            TensorRule(
+                prefix + r.name,
+                r.shape,
+                r.role,
+                native=tuple((prefix + n, rows) for n, rows in r.native),
+                when=r.when,
+            )
+            for r in layer
+        ),
+        _same("model.norm.weight", "hidden", role=Role.NORM),
+        _same("lm_head.weight", "vocab", "hidden", role=Role.HEAD),
+    )
+
+
+FAMILY = Family(
+    name="glm",
+    layouts=("native",),
+    read_dims=_dims,
+    describe=lambda config: "GLM-4-9B (transformers layout)",
+    native_config=_native_config,
+    rules=_rules(()),
+)
+
+FAMILY_GLM4 = Family(
+    name="glm4",
+    layouts=("native",),
+    read_dims=_dims,
+    describe=lambda config: "GLM-4-0414 (transformers layout)",
+    native_config=_native_config,
+    rules=_rules(("post_self_attn_layernorm", "post_mlp_layernorm")),
+)

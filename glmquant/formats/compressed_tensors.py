@@ -1,0 +1,173 @@
+"""compressed-tensors ``pack-quantized``, which transformers, vLLM and SGLang read without glmquant.
+
+For a weight [out, in] of b bits:
+
+    weight_packed      int32 [out, ceil(in*b/32)]   code + 2**(b-1), element 0 in the lowest bits
+    weight_scale       [out, in/group]              [out, 1] for one scale per row
+    weight_shape       int64 [2]                    out, in
+    weight_zero_point  int32 [ceil(out*b/32), in/group]   asymmetric only; packed like the codes, along *rows*
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.sink import StoredTensor
+from ..errors import SourceError, UsageError
+from ..recipe import Recipe
+from ..scheme import QuantizedTensor, Scheme
+from .base import Abilities, StoredWeight
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..families import Dims, Family
+    from ..plan import Plan
+
+_SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+_STORED_DTYPES = {value: key for key, value in _SCALE_DTYPES.items()}
+
+
+class CompressedTensors:
+    """See the module."""
+
+    name = "compressed-tensors"
+    abilities = Abilities(
+        bits=(4, 8),
+        groups=(128, 64, 32, "row"),
+        methods=("mse", "rtn"),
+        layouts=("native", "original"),
+        asymmetric_bits=(4,),
+    )
+    # 4-bit zero points of eight rows share a word
+    row_multiple = 8
+
+    def detect(self, config: Mapping[str, Any]) -> bool:
+        """See `Format`."""
+        return _section(config).get("quant_method") == "compressed-tensors"
+
+    def check(self, recipe: Recipe, family: Family) -> None:
+        """See `Format`."""
+        if "native" not in family.layouts:
+            raise UsageError(
+                "no engine reads compressed-tensors weights of ChatGLM-6B; use --format cpm."
+            )
+
+    def scale_dtype(self, weight_dtype: str) -> str:
+        """See `Format`."""
+        return _SCALE_DTYPES[weight_dtype]
+
+    def outputs(self, name: str, shape: tuple[int, int], scheme: Scheme) -> tuple[StoredTensor, ...]:
+        """See `Format`."""
+        rows, columns = shape
+        groups = scheme.groups(columns)
+        words = -(-columns * scheme.bits // 32)
+        stored = [
+            StoredTensor(name + "_packed", "I32", (rows, words)),
+            StoredTensor(name + "_scale", _STORED_DTYPES[scheme.scale_dtype], (rows, groups)),
+        ]
+        if not scheme.symmetric:
+            stored.append(
+                StoredTensor(name + "_zero_point", "I32", (-(-rows * scheme.bits // 32), groups))
+            )
+        stored.append(StoredTensor(name + "_shape", "I64", (2,), constant=shape))
+        return tuple(stored)
+
+    def encode(self, name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """See `Format`."""
+        from ..packing import pack_int32
+
+        bits = tensor.scheme.bits
+        stored = {
+            name + "_packed": pack_int32(tensor.codes, bits),
+            name + "_scale": tensor.scale,
+        }
+        if tensor.zero_point is not None:
+            stored[name + "_zero_point"] = pack_int32(tensor.zero_point.t(), bits).t()
+        return stored
+
+    def decode(self, stored: Mapping[str, torch.Tensor], weight: StoredWeight) -> QuantizedTensor:
+        """See `Format`."""
+        from ..packing import unpack_int32
+
+        name, scheme = weight.name, weight.scheme
+        codes = unpack_int32(stored[name + "_packed"], scheme.bits, weight.shape[1])
+        zero_point = None
+        if not scheme.symmetric:
+            packed = stored[name + "_zero_point"].t()
+            zero_point = unpack_int32(packed, scheme.bits, codes.shape[0]).t()
+        return QuantizedTensor(codes, stored[name + "_scale"], zero_point, scheme)
+
+    def config(self, plan: Plan) -> dict[str, Any]:
+        """See `Format`."""
+        from ..families import Role
+
+        schemes: dict[Scheme, list[str]] = {}
+        ignore = []
+        for item in plan.items:
+            if item.scheme is not None:
+                schemes.setdefault(item.scheme, []).append(item.name)
+            elif item.role is Role.HEAD:
+                ignore.append(item.name.removesuffix(".weight"))
+        groups = {}
+        # The scheme of most weights gets the class as its target, others the names of their modules,
+        # which take precedence in every reader.
+        ordered = sorted(schemes, key=lambda s: -len(schemes[s]))
+        for number, scheme in enumerate(ordered):
+            names = sorted(n.removesuffix(".weight") for n in schemes[scheme])
+            groups[f"group_{number}"] = {
+                "targets": ["Linear"] if number == 0 else names,
+                "weights": {
+                    "num_bits": scheme.bits,
+                    "type": "int",
+                    "symmetric": scheme.symmetric,
+                    "strategy": "channel" if scheme.group_size is None else "group",
+                    "group_size": scheme.group_size,
+                },
+            }
+        return {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "quantization_status": "compressed",
+                "ignore": ignore,
+                "config_groups": groups,
+            }
+        }
+
+    def quantized(self, config: Mapping[str, Any], family: Family, dims: Dims) -> list[StoredWeight]:
+        """See `Format`. Understands the configurations that `config` writes."""
+        from ..families import Role
+
+        section = _section(config)
+        if section.get("format") != "pack-quantized":
+            raise SourceError(
+                f"compressed-tensors format {section.get('format')!r} is not known here; only pack-quantized is."
+            )
+        scale_dtype = str(config.get("dtype") or config.get("torch_dtype") or "float16")
+        by_target: dict[str, Scheme] = {}
+        for group in section.get("config_groups", {}).values():
+            weights = group["weights"]
+            scheme = Scheme(
+                bits=weights["num_bits"],
+                group_size=weights.get("group_size") if weights.get("strategy") == "group" else None,
+                symmetric=weights.get("symmetric", True),
+                scale_dtype=scale_dtype,  # type: ignore[arg-type]
+            )
+            by_target.update(dict.fromkeys(group["targets"], scheme))
+        ignored = set(section.get("ignore") or ())
+        found = []
+        for tensor in family.in_layout(dims, family.layout_of(config)):
+            module = tensor.name.removesuffix(".weight")
+            named = by_target.get(module)
+            if tensor.role in (Role.LINEAR, Role.HEAD) and module not in ignored:
+                named = named or by_target.get("Linear")
+            if named is not None:
+                found.append(StoredWeight(tensor.name, named, (tensor.shape[0], tensor.shape[1])))
+        return found
+
+
+def _section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    section = config.get("quantization_config")
+    return section if isinstance(section, Mapping) else {}

@@ -1,0 +1,84 @@
+"""Bit packing, and nothing else: signed codes to the words of a file and back.
+
+All functions are pure and work on whole rows. Two codes that share a byte are joined inside an int16 view,
+one narrow operation per pair, which is several times faster than shifting one int32 per code. The views
+assume a little-endian machine, as safetensors files do.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+if sys.byteorder != "little":  # pragma: no cover - no such machine runs torch wheels today
+    raise ImportError("glmquant needs a little-endian machine")
+
+
+def _unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed codes -> ``code + 2**(bits-1)`` as uint8, contiguous."""
+    if bits == 8:  # adding 128 modulo 256 flips the top bit
+        return codes.contiguous().view(torch.uint8) ^ 0x80
+    return (codes + 8).view(torch.uint8)
+
+
+def _join_nibbles(nibbles: torch.Tensor) -> torch.Tensor:
+    """uint8 values 0..15 [rows, 2n] -> uint8 [rows, n]; the even column in the low half."""
+    pairs = nibbles.view(torch.int16)  # low byte: even column, high byte: odd column
+    return (pairs | (pairs >> 4)).to(torch.uint8)  # the cast keeps the low byte
+
+
+def _split_nibbles(joined: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, n] -> uint8 values 0..15 [rows, 2n]; the inverse of `_join_nibbles`."""
+    pairs = joined.to(torch.int16)
+    return ((pairs | (pairs << 4)) & 0x0F0F).view(torch.uint8)
+
+
+def pack_int32(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack along the last dimension, lowest bits first, as unsigned ``code + 2**(bits-1)``.
+
+    Args:
+        codes: int8 [rows, columns]; columns need not fill the last word (the rest is zero bits).
+        bits: 4 or 8.
+
+    Returns:
+        int32 [rows, ceil(columns * bits / 32)].
+    """
+    per_word = 32 // bits
+    unsigned = _unsigned(codes, bits)
+    missing = -codes.shape[1] % per_word
+    if missing:
+        unsigned = torch.nn.functional.pad(unsigned, (0, missing))
+    if bits == 4:  # four joined bytes are one little-endian word, lowest nibble first
+        unsigned = _join_nibbles(unsigned)
+    return unsigned.view(torch.int32)
+
+
+def unpack_int32(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Inverse of `pack_int32`: int32 [rows, words] -> int8 [rows, columns]."""
+    stored = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        signed = (stored ^ 0x80).view(torch.int8)
+    else:
+        signed = _split_nibbles(stored).view(torch.int8) - 8
+    return signed[:, :columns]
+
+
+def pack_nibbles_high_first(codes: torch.Tensor) -> torch.Tensor:
+    """THUDM's INT4 bytes: two's complement nibbles, the even column in the high half.
+
+    Args:
+        codes: int8 [rows, columns], columns even, values -8..7.
+
+    Returns:
+        int8 [rows, columns / 2].
+    """
+    pairs = codes.contiguous().view(torch.int16)  # low byte: even column, high byte: odd column
+    return ((pairs << 4) | ((pairs >> 8) & 0xF)).to(torch.int8)
+
+
+def unpack_nibbles_high_first(packed: torch.Tensor) -> torch.Tensor:
+    """Inverse of `pack_nibbles_high_first`: int8 [rows, n] -> int8 [rows, 2n]."""
+    stored = packed.contiguous().view(torch.uint8).to(torch.int16)
+    nibbles = ((stored >> 4) | (stored << 8)) & 0x0F0F  # low byte: even column
+    return (nibbles.view(torch.int8) ^ 8) - 8  # sign extension of four bits

@@ -1,0 +1,338 @@
+"""What will be done, decided and checked before a weight is read.
+
+`make_plan` turns a source, its family, a recipe and a format into a `Plan`: ordered stages of items, each of
+which says which rows of which source tensor become which stored tensors, with every size known. Everything that
+can be refused is refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from . import families, formats, quantizers
+from .checkpoint.sink import ShardLayout, StoredTensor
+from .checkpoint.source import ITEM_SIZES, TensorInfo, TensorSource
+from .errors import SourceError, UsageError
+from .families import Dims, Family, LayoutTensor, Role
+from .formats import Format
+from .recipe import Recipe
+from .scheme import Scheme
+
+_WEIGHT_DTYPES = ("F16", "BF16", "F32")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor to produce.
+
+    Attributes:
+        name: in the output layout; for a quantized weight the name it would have had (``....weight``).
+        source: the source tensor, of which rows ``start..stop`` are used.
+        shape: of those rows.
+        dtype: of the source, as safetensors spells it.
+        scheme: how to quantize; None copies.
+        outputs: the stored tensors.
+    """
+
+    name: str
+    role: Role
+    layer: int | None
+    source: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    dtype: str
+    scheme: Scheme | None
+    outputs: tuple[StoredTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        return sum(tensor.nbytes for tensor in self.outputs)
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes that are read."""
+        size = ITEM_SIZES[self.dtype]
+        for dimension in self.shape:
+            size *= dimension
+        return size
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Items that are worked on together: the tensors of one transformer block, or of one end of the model."""
+
+    name: str
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do. `recipe` has every choice filled in."""
+
+    family: str
+    model: str
+    dims: Dims
+    recipe: Recipe
+    stages: tuple[Stage, ...]
+    shards: tuple[ShardLayout, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def items(self) -> Iterator[Item]:
+        """All items in order."""
+        for stage in self.stages:
+            yield from stage.items
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @cached_property
+    def source_nbytes(self) -> int:
+        """Bytes of weights that are read."""
+        return sum(item.source_nbytes for item in self.items)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {
+            "model": self.model,
+            "family": self.family,
+            "recipe": self.recipe.to_json(),
+            "source_bytes": self.source_nbytes,
+            "bytes": self.nbytes,
+            "files": {shard.file: shard.nbytes for shard in self.shards},
+            "notes": list(self.notes),
+            "stages": [
+                {
+                    "name": stage.name,
+                    "items": [
+                        {
+                            "name": item.name,
+                            "source": [item.source, item.start, item.stop],
+                            "shape": list(item.shape),
+                            "dtype": item.dtype,
+                            "scheme": item.scheme.to_json() if item.scheme else None,
+                            "bytes": item.nbytes,
+                        }
+                        for item in stage.items
+                    ],
+                }
+                for stage in self.stages
+            ],
+        }
+
+    def digest(self, *extra: str) -> str:
+        """Identifies the plan and whatever else decides the bytes."""
+        text = json.dumps([self.to_json(), *extra], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def resolve_recipe(recipe: Recipe, family: Family) -> tuple[Recipe, Format]:
+    """Fill in what the recipe leaves open and refuse what does not go together.
+
+    Raises:
+        UsageError: naming the nearest combination that works.
+    """
+    name = recipe.format or ("safetensors" if recipe.bits == 16 else None)
+    if name is None:
+        name = "compressed-tensors" if "native" in family.layouts else "cpm"
+    fmt = formats.get(name)
+    if recipe.bits == 16 and name != "safetensors":
+        raise UsageError(f"--bits 16 goes with --format safetensors, not {name}.")
+    if recipe.bits != 16 and name == "safetensors":
+        raise UsageError(
+            f"--format safetensors holds 16 bit only; for --bits {recipe.bits} use --format compressed-tensors."
+        )
+    fmt.check(recipe, family)
+    possible = [layout for layout in fmt.abilities.layouts if layout in family.layouts]
+    if not possible:
+        raise UsageError(
+            f"--format {name} needs the {fmt.abilities.layouts[0]} layout, which a {family.name} checkpoint "
+            f"does not have; use --format compressed-tensors."
+        )
+    layout = recipe.layout or possible[0]
+    if layout not in possible:
+        raise UsageError(
+            f"--layout {layout} is not possible for a {family.name} model in --format {name}; "
+            f"use --layout {possible[0]}."
+        )
+    method = recipe.method
+    if recipe.bits != 16:
+        method = method or fmt.abilities.methods[0]
+        quantizers.get(method)
+        if method not in fmt.abilities.methods:
+            raise UsageError(
+                f"--method {method} does not go with --format {name}; use --method {fmt.abilities.methods[0]}."
+            )
+    group = recipe.group_size
+    if group is None and fmt.abilities.groups:
+        group = fmt.abilities.groups[0]
+    if method == "thudm" and (group != "row" or not recipe.symmetric):
+        raise UsageError("--method thudm is per row and symmetric; use --method mse or rtn for groups.")
+    return Recipe(
+        bits=recipe.bits,
+        group_size=group,
+        symmetric=recipe.symmetric,
+        method=method,
+        format=name,
+        layout=layout,
+        quantize_head=recipe.quantize_head,
+        quantize_embeddings=recipe.quantize_embeddings,
+        max_shard_size=recipe.max_shard_size,
+    ), fmt
+
+
+def make_plan(source: TensorSource, recipe: Recipe) -> Plan:
+    """Plan the conversion of `source`.
+
+    Raises:
+        UsageError: the recipe asks for something that does not exist or does not fit the model's widths.
+        SourceError: the checkpoint is not a whole model of a known family.
+    """
+    family = families.detect(source.config)
+    dims = family.dims(source.config)
+    recipe, fmt = resolve_recipe(recipe, family)
+    infos = check_source(source, family, dims)
+    narrow = _dtype_of(source.config)
+    items = [
+        _item(tensor, infos[tensor.source], narrow, recipe, fmt)
+        for tensor in family.in_layout(dims, str(recipe.layout))
+        if tensor.source in infos
+    ]
+    return Plan(
+        family=family.name,
+        model=family.describe(source.config),
+        dims=dims,
+        recipe=recipe,
+        stages=tuple(_stages(items)),
+        shards=_shards(items, recipe.max_shard_size),
+        notes=tuple(_notes(family, recipe)),
+    )
+
+
+def check_source(source: TensorSource, family: Family, dims: Dims) -> dict[str, TensorInfo]:
+    """The tensors of a whole model, or a `SourceError` that names what is missing, foreign or misshapen."""
+    infos = dict(source.infos())
+    if any(".prefix_encoder." in name for name in infos) or source.config.get("pre_seq_len"):
+        raise SourceError(
+            "this checkpoint holds a P-tuning prefix, which has no quantized form and no place in the native "
+            "layout; convert the base model without it and keep the prefix beside it."
+        )
+    missing, expected = [], set()
+    for spec in family.tensors(dims):
+        expected.add(spec.name)
+        info = infos.get(spec.name)
+        if info is None:
+            if not spec.optional:
+                missing.append(spec.name)
+            continue
+        if info.shape != spec.shape:
+            raise SourceError(
+                f"{spec.name} in {info.shard} has shape {list(info.shape)}; config.json calls for "
+                f"{list(spec.shape)}. The weights and config.json do not belong together."
+            )
+        if info.dtype not in _WEIGHT_DTYPES:
+            raise SourceError(
+                f"{spec.name} in {info.shard} is stored as {info.dtype}; expected {', '.join(_WEIGHT_DTYPES)}. "
+                "Is it a quantized checkpoint whose config.json does not say so?"
+            )
+    if missing:
+        raise SourceError(
+            f"{source.folder} is not a whole {family.name} model: {len(missing)} tensors are missing, "
+            f"the first is {missing[0]}."
+        )
+    foreign = sorted(set(infos) - expected)
+    if foreign:
+        raise SourceError(
+            f"{source.folder} holds {len(foreign)} tensors that a {family.name} model does not have, the first "
+            f"is {foreign[0]}; config.json gives {dims.layers} layers. Are weights and config.json of one model?"
+        )
+    return infos
+
+
+def _dtype_of(config: families.Config) -> str:
+    """The dtype a model is run in, by its config.json; half where that is silent, as all THUDM models were."""
+    stated = str(config.get("dtype") or config.get("torch_dtype") or "float16")
+    return {"bfloat16": "BF16", "float32": "F32"}.get(stated.removeprefix("torch."), "F16")
+
+
+def _item(
+    tensor: LayoutTensor, info: TensorInfo, narrow: str, recipe: Recipe, fmt: Format
+) -> Item:
+    # ChatGLM-6B stores some norms, and fine-tunes everything, in float32, wider than they are run in.
+    dtype = narrow if info.dtype == "F32" else info.dtype
+    scheme = _scheme(tensor, dtype, recipe, fmt)
+    if scheme is None:
+        outputs: tuple[StoredTensor, ...] = (StoredTensor(tensor.name, dtype, tensor.shape),)
+    else:
+        outputs = fmt.outputs(tensor.name, (tensor.shape[0], tensor.shape[1]), scheme)
+    return Item(
+        tensor.name, tensor.role, tensor.layer, tensor.source, tensor.start, tensor.stop,
+        tensor.shape, info.dtype, scheme, outputs,
+    )  # fmt: skip
+
+
+def _scheme(tensor: LayoutTensor, dtype: str, recipe: Recipe, fmt: Format) -> Scheme | None:
+    if recipe.bits == 16:
+        return None
+    linear = formats.resolve_scheme(recipe, fmt.abilities, fmt.name, fmt.scale_dtype(dtype))
+    ends = Scheme(8, linear.group_size, scale_dtype=linear.scale_dtype)
+    if fmt.name == "cpm":  # knows one bit width, and embedding and head only together
+        ends = linear
+        quantize_head = recipe.quantize_embeddings
+    else:
+        quantize_head = recipe.quantize_head
+    if tensor.role is Role.LINEAR:
+        scheme = linear
+    elif tensor.role is Role.HEAD and quantize_head:
+        scheme = ends
+    elif tensor.role is Role.EMBEDDING and recipe.quantize_embeddings:
+        scheme = ends
+    else:
+        return None
+    scheme.check_width(tensor.name, tensor.shape[1])
+    return scheme
+
+
+def _stages(items: list[Item]) -> Iterator[Stage]:
+    first, last = 0, 0
+    while first < len(items):
+        while last < len(items) and items[last].layer == items[first].layer:
+            last += 1
+        layer = items[first].layer
+        name = f"layer {layer}" if layer is not None else ("input" if first == 0 else "output")
+        yield Stage(name, tuple(items[first:last]))
+        first = last
+
+
+def _shards(items: list[Item], max_size: int) -> tuple[ShardLayout, ...]:
+    """Fill shards in order; the tensors of one item stay together."""
+    filled: list[list[StoredTensor]] = [[]]
+    size = 0
+    for item in items:
+        if filled[-1] and size + item.nbytes > max_size:
+            filled.append([])
+            size = 0
+        filled[-1].extend(item.outputs)
+        size += item.nbytes
+    if len(filled) == 1:
+        return (ShardLayout("model.safetensors", tuple(filled[0])),)
+    return tuple(
+        ShardLayout(f"model-{n:05d}-of-{len(filled):05d}.safetensors", tuple(tensors))
+        for n, tensors in enumerate(filled, 1)
+    )
+
+
+def _notes(family: Family, recipe: Recipe) -> Iterator[str]:
+    if recipe.format == "compressed-tensors" and recipe.layout == "native":
+        yield "transformers unpacks compressed-tensors weights to 16 bit at first use; vLLM keeps them packed."
+    if recipe.format == "compressed-tensors" and recipe.quantize_embeddings:
+        yield "transformers reads 8-bit embeddings; vLLM does not."
