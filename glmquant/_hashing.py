@@ -23,7 +23,11 @@ _AHEAD = 2 << 30
 def sha256(path: Path) -> str:
     """SHA-256 of a whole file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _slow(file)
+        )
 
 
 def _slow(file: object) -> str:  # Python 3.10

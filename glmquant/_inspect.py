@@ -51,7 +51,8 @@ class Inspection:
 
     def cache_bytes(self, context: int) -> int:
         """Bytes of a 16-bit KV cache for one sequence of `context` tokens:
-        2 (K and V) * layers * KV heads * head size * context * 2."""
+        2 (K and V) * layers * KV heads * head size * context * 2.
+        """
         d = self.dims
         return 2 * d.layers * d.kv_heads * d.head_dim * context * _CACHE_BYTES
 

@@ -44,9 +44,7 @@ def build_report(
         summary["mean_relative_error"] = float(f"{sum(quantized.values()) / len(quantized):.6g}")
         summary["worst_relative_error"] = quantized[worst]
         summary["worst_tensor"] = worst
-    files = {
-        shard.file: {"bytes": shard.nbytes, "sha256": hashes[shard.file]} for shard in plan.shards
-    }
+    files = {shard.file: {"bytes": shard.nbytes, "sha256": hashes[shard.file]} for shard in plan.shards}
     for name, data in sorted(sidecars.items()):
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return {

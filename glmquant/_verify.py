@@ -128,9 +128,11 @@ def _structure(
     for tensor in layout:
         if tensor.name in weights:
             weight = weights[tensor.name]
-            expected = [(t.name, t.shape, t.dtype) for t in fmt.outputs(tensor.name, weight.shape, weight.scheme)]
+            expected = [
+                (t.name, t.shape, t.dtype) for t in fmt.outputs(tensor.name, weight.shape, weight.scheme)
+            ]
         else:
-            expected = [(tensor.name, tensor.shape, None)]
+            expected = [(tensor.name, tensor.shape, "")]
         for name, shape, dtype in expected:
             info = infos.pop(name, None)
             if info is None:
@@ -138,7 +140,7 @@ def _structure(
                     problems.append(f"{name} is missing.")
             elif info.shape != shape:
                 problems.append(f"{name} has shape {list(info.shape)}, config.json calls for {list(shape)}.")
-            elif dtype is not None and dtype.startswith("I") and info.dtype != dtype:
+            elif dtype.startswith("I") and info.dtype != dtype:
                 problems.append(f"{name} is stored as {info.dtype}, the format calls for {dtype}.")
     problems += [f"{name} does not belong to the model." for name in sorted(infos)]
     return problems

@@ -57,10 +57,7 @@ def pack_int32(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_int32(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Inverse of `pack_int32`: int32 [rows, words] -> int8 [rows, columns]."""
     stored = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        signed = (stored ^ 0x80).view(torch.int8)
-    else:
-        signed = _split_nibbles(stored).view(torch.int8) - 8
+    signed = (stored ^ 0x80).view(torch.int8) if bits == 8 else _split_nibbles(stored).view(torch.int8) - 8
     return signed[:, :columns]
 
 

@@ -264,9 +264,7 @@ def _dtype_of(config: families.Config) -> str:
     return {"bfloat16": "BF16", "float32": "F32"}.get(stated.removeprefix("torch."), "F16")
 
 
-def _item(
-    tensor: LayoutTensor, info: TensorInfo, narrow: str, recipe: Recipe, fmt: Format
-) -> Item:
+def _item(tensor: LayoutTensor, info: TensorInfo, narrow: str, recipe: Recipe, fmt: Format) -> Item:
     # ChatGLM-6B stores some norms, and fine-tunes everything, in float32, wider than they are run in.
     dtype = narrow if info.dtype == "F32" else info.dtype
     scheme = _scheme(tensor, dtype, recipe, fmt)
@@ -290,14 +288,10 @@ def _scheme(tensor: LayoutTensor, dtype: str, recipe: Recipe, fmt: Format) -> Sc
         quantize_head = recipe.quantize_embeddings
     else:
         quantize_head = recipe.quantize_head
-    if tensor.role is Role.LINEAR:
-        scheme = linear
-    elif tensor.role is Role.HEAD and quantize_head:
-        scheme = ends
-    elif tensor.role is Role.EMBEDDING and recipe.quantize_embeddings:
-        scheme = ends
-    else:
+    wanted = {Role.LINEAR: True, Role.HEAD: quantize_head, Role.EMBEDDING: recipe.quantize_embeddings}
+    if not wanted.get(tensor.role):
         return None
+    scheme = linear if tensor.role is Role.LINEAR else ends
     scheme.check_width(tensor.name, tensor.shape[1])
     return scheme
 

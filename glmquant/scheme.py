@@ -44,9 +44,7 @@ class Scheme:
         if self.bits not in (4, 8):
             raise UsageError(f"{self.bits} bits are not supported; use 4 or 8.")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise UsageError(
-                f"group size {self.group_size} is not supported; use 32, 64, 128 or 'row'."
-            )
+            raise UsageError(f"group size {self.group_size} is not supported; use 32, 64, 128 or 'row'.")
         if self.scale_dtype not in ("float16", "bfloat16", "float32"):
             raise UsageError(f"scales cannot be stored as {self.scale_dtype}.")
 

@@ -1,6 +1,6 @@
 """Reading and writing checkpoint folders, one tensor's rows at a time."""
 
-from .sink import ShardLayout, TensorSink, ShardedSink
+from .sink import ShardedSink, ShardLayout, TensorSink
 from .source import TensorInfo, TensorSource, open_folder, torch_dtype
 
 __all__ = [

@@ -150,9 +150,7 @@ def _rows_by_name(
     for layout in family.layouts:
         for tensor in family.in_layout(dims, layout):
             if len(tensor.shape) == 2 and tensor.source in base.infos():
-                rows.setdefault(
-                    tensor.name, [(tensor.source, 0, tensor.shape[0], tensor.start)]
-                )
+                rows.setdefault(tensor.name, [(tensor.source, 0, tensor.shape[0], tensor.start)])
     if family.name == "glm":  # a converted model; its adapter may be older than the conversion
         for spec in FAMILIES["chatglm2"].tensors(dims):
             if len(spec.shape) == 2:

@@ -37,9 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read: {error}.") from None
     except json.JSONDecodeError as error:
-        raise SourceError(
-            f"{path} is not valid JSON ({error}); download the file again."
-        ) from None
+        raise SourceError(f"{path} is not valid JSON ({error}); download the file again.") from None
     if not isinstance(value, dict):
         raise SourceError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
     return value
@@ -76,9 +74,7 @@ def _from_index(folder: Path, index: str) -> WeightFiles:
         or not weight_map
         or not all(isinstance(value, str) for value in weight_map.values())
     ):
-        raise SourceError(
-            f"{folder / index} has no usable weight_map; download the file again."
-        )
+        raise SourceError(f"{folder / index} has no usable weight_map; download the file again.")
     shards = tuple(sorted(set(weight_map.values())))
     for shard in shards:
         check_inside(folder, shard, index)

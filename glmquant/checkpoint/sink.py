@@ -182,7 +182,7 @@ class ShardedSink:
         """
         import torch
 
-        data = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
+        data = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
             shard = self._current or self._start()
             shard.write(name, data)

@@ -126,7 +126,8 @@ class _FolderSource(ABC):
         return self._infos
 
     def prefetch(self, shard: str) -> None:
-        pass  # local: read-ahead follows the hashing pass, see _convert.py
+        """Nothing to do for a local file: the hashing pass of a conversion reads ahead of its work."""
+        return
 
     def release(self, shard: str) -> None:
         with self._lock:
@@ -181,9 +182,9 @@ class SafetensorsSource(_FolderSource):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         info = self._infos[name]
-        if not info.shape:
-            return self._handle(info.shard).get_tensor(name)
-        return self._handle(info.shard).get_slice(name)[start : info.shape[0] if stop is None else stop]
+        view = self._handle(info.shard).get_slice(name)
+        rows: torch.Tensor = view[start : info.shape[0] if stop is None else stop]
+        return rows
 
 
 class BinSource(_FolderSource):
@@ -228,9 +229,7 @@ class BinSource(_FolderSource):
         infos = []
         for name, tensor in self._handle(shard).items():
             if tensor.dtype not in names:
-                raise SourceError(
-                    f"{name} in {shard} has dtype {tensor.dtype}, which is not known here."
-                )
+                raise SourceError(f"{name} in {shard} has dtype {tensor.dtype}, which is not known here.")
             infos.append(TensorInfo(name, names[tensor.dtype], tuple(tensor.shape), shard))
         return infos
 

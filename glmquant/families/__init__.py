@@ -6,14 +6,26 @@ from ..errors import SourceError
 from . import chatglm, chatglm2, glm
 from .base import Config, Dims, Family, LayoutTensor, Part, Role, TensorRule, TensorSpec
 
-__all__ = ["FAMILIES", "Config", "Dims", "Family", "LayoutTensor", "Part", "Role", "TensorRule", "TensorSpec", "detect"]
+__all__ = [
+    "FAMILIES",
+    "Config",
+    "Dims",
+    "Family",
+    "LayoutTensor",
+    "Part",
+    "Role",
+    "TensorRule",
+    "TensorSpec",
+    "detect",
+]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (chatglm.FAMILY, chatglm2.FAMILY, glm.FAMILY, glm.FAMILY_GLM4)
+    family.name: family for family in (chatglm.FAMILY, chatglm2.FAMILY, glm.FAMILY, glm.FAMILY_GLM4)
 }
 
-KNOWN = "ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, ChatGLM3-6B-32K, GLM-4-9B-chat (model_type chatglm), glm and glm4"
+KNOWN = (
+    "ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, ChatGLM3-6B-32K, GLM-4-9B-chat (model_type chatglm), glm and glm4"
+)
 
 
 def detect(config: Config) -> Family:

@@ -153,9 +153,7 @@ class Family:
         except KeyError as error:
             raise SourceError(f"config.json of this {self.name} model lacks {error}.") from None
         except (TypeError, ValueError) as error:
-            raise SourceError(
-                f"config.json of this {self.name} model has a bad value: {error}."
-            ) from None
+            raise SourceError(f"config.json of this {self.name} model has a bad value: {error}.") from None
         for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab"):
             value = getattr(dims, field)
             if not isinstance(value, int) or value <= 0:
@@ -218,6 +216,4 @@ class Family:
 
 def per_layer(prefix: str, rows: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
     """Put `prefix` (with ``{layer}``) in front of every rule's name."""
-    return tuple(
-        TensorRule(prefix + r.name, r.shape, r.role, r.native, r.when, r.optional) for r in rows
-    )
+    return tuple(TensorRule(prefix + r.name, r.shape, r.role, r.native, r.when, r.optional) for r in rows)

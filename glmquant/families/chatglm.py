@@ -41,9 +41,7 @@ FAMILY = Family(
             (
                 TensorRule("input_layernorm.weight", ("hidden",), Role.NORM),
                 TensorRule("input_layernorm.bias", ("hidden",), Role.NORM),
-                TensorRule(
-                    "attention.rotary_emb.inv_freq", ("rotary",), Role.BUFFER, optional=True
-                ),
+                TensorRule("attention.rotary_emb.inv_freq", ("rotary",), Role.BUFFER, optional=True),
                 TensorRule("attention.query_key_value.weight", ("qkv", "hidden"), Role.LINEAR),
                 TensorRule("attention.query_key_value.bias", ("qkv",), Role.BIAS),
                 TensorRule("attention.dense.weight", ("hidden", "hidden"), Role.LINEAR),

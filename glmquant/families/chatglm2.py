@@ -31,10 +31,11 @@ def _dims(config: Config) -> Dims:
 
 
 def _describe(config: Config) -> str:
-    ratio = config.get("rope_ratio", 1)
-    if config["padded_vocab_size"] >= 151552:
+    if config["padded_vocab_size"] == 151552:
         return "GLM-4-9B-chat"
-    if ratio != 1:
+    if config["padded_vocab_size"] != 65024:
+        return "a model of the ChatGLM2 architecture"
+    if config.get("rope_ratio", 1) != 1:
         return "ChatGLM3-6B-32K"
     # Nothing but the sequence length (and the tokenizer) tells the second generation from the third.
     return "ChatGLM2-6B" if config["seq_length"] >= 32768 else "ChatGLM3-6B"
@@ -159,9 +160,7 @@ FAMILY = Family(
             Role.NORM,
             native=(("model.norm.weight", "hidden"),),
         ),
-        TensorRule(
-            "transformer.rotary_pos_emb.inv_freq", ("rotary",), Role.BUFFER, optional=True
-        ),
+        TensorRule("transformer.rotary_pos_emb.inv_freq", ("rotary",), Role.BUFFER, optional=True),
         TensorRule(
             "transformer.output_layer.weight",
             ("vocab", "hidden"),

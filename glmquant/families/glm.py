@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Config, Dims, Family, Role, TensorRule, per_layer
+from .base import Config, Dims, Family, Role, TensorRule
 
 
 def _dims(config: Config) -> Dims:
@@ -40,10 +40,7 @@ def _rules(extra_norms: tuple[str, ...]) -> tuple[TensorRule, ...]:
     layer = (
         _same("input_layernorm.weight", "hidden", role=Role.NORM),
         *(_same(f"self_attn.{n}.weight", r, "hidden", role=Role.LINEAR) for n, r in projections),
-        *(
-            _same(f"self_attn.{n}.bias", r, role=Role.BIAS, when="qkv_bias")
-            for n, r in projections
-        ),
+        *(_same(f"self_attn.{n}.bias", r, role=Role.BIAS, when="qkv_bias") for n, r in projections),
         _same("self_attn.o_proj.weight", "hidden", "q", role=Role.LINEAR),
         _same("post_attention_layernorm.weight", "hidden", role=Role.NORM),
         *(_same(f"{n}.weight", "hidden", role=Role.NORM) for n in extra_norms),
@@ -68,11 +65,16 @@ def _rules(extra_norms: tuple[str, ...]) -> tuple[TensorRule, ...]:
     )
 
 
+def _describe(config: Config) -> str:
+    known = {151552: "GLM-4-9B", 65024: "ChatGLM2-6B or ChatGLM3-6B"}
+    return known.get(config["vocab_size"], "a model of the GLM-4-9B architecture")
+
+
 FAMILY = Family(
     name="glm",
     layouts=("native",),
     read_dims=_dims,
-    describe=lambda config: "GLM-4-9B (transformers layout)",
+    describe=_describe,
     native_config=_native_config,
     rules=_rules(()),
 )
@@ -81,7 +83,7 @@ FAMILY_GLM4 = Family(
     name="glm4",
     layouts=("native",),
     read_dims=_dims,
-    describe=lambda config: "GLM-4-0414 (transformers layout)",
+    describe=lambda config: "GLM-4-0414",
     native_config=_native_config,
     rules=_rules(("post_self_attn_layernorm", "post_mlp_layernorm")),
 )

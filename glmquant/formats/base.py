@@ -68,9 +68,7 @@ class Format(Protocol):
     def encode(self, name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         """Rows of a quantized weight as rows of its stored tensors (those without a constant)."""
 
-    def decode(
-        self, stored: Mapping[str, torch.Tensor], weight: StoredWeight
-    ) -> QuantizedTensor:
+    def decode(self, stored: Mapping[str, torch.Tensor], weight: StoredWeight) -> QuantizedTensor:
         """The inverse of `encode`, for whole weights or any rows that `encode` could have been given."""
 
     def config(self, plan: Plan) -> dict[str, Any]:
@@ -80,29 +78,25 @@ class Format(Protocol):
         """The quantized weights that a checkpoint with this ``config.json`` holds."""
 
 
-def resolve_scheme(
-    recipe: Recipe, abilities: Abilities, format_name: str, scale_dtype: str
-) -> Scheme:
+def resolve_scheme(recipe: Recipe, abilities: Abilities, format_name: str, scale_dtype: str) -> Scheme:
     """The scheme for linear weights that `recipe` asks for and a format of these `abilities` can hold.
 
     Raises:
         UsageError: the format has no such thing; names the nearest that works.
     """
     if recipe.bits not in abilities.bits:
-        raise UsageError(
-            f"--format {format_name} holds {_either(abilities.bits)} bits, not {recipe.bits}."
-        )
+        raise UsageError(f"--format {format_name} holds {_either(abilities.bits)} bits, not {recipe.bits}.")
     group = abilities.groups[0] if recipe.group_size is None else recipe.group_size
     if group not in abilities.groups:
         raise UsageError(
             f"--format {format_name} has no group size {group}; use --group-size {_either(abilities.groups)}."
         )
     if not recipe.symmetric and recipe.bits not in abilities.asymmetric_bits:
-        others = f"with --bits {_either(abilities.asymmetric_bits)}" if abilities.asymmetric_bits else "at all"
-        only = "only " if abilities.asymmetric_bits else "not "
-        raise UsageError(
-            f"--format {format_name} can be asymmetric {only}{others}; use --symmetric."
+        others = (
+            f"with --bits {_either(abilities.asymmetric_bits)}" if abilities.asymmetric_bits else "at all"
         )
+        only = "only " if abilities.asymmetric_bits else "not "
+        raise UsageError(f"--format {format_name} can be asymmetric {only}{others}; use --symmetric.")
     return Scheme(
         bits=recipe.bits,
         group_size=None if group == ROW else int(group),

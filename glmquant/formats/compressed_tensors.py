@@ -50,9 +50,7 @@ class CompressedTensors:
     def check(self, recipe: Recipe, family: Family) -> None:
         """See `Format`."""
         if "native" not in family.layouts:
-            raise UsageError(
-                "no engine reads compressed-tensors weights of ChatGLM-6B; use --format cpm."
-            )
+            raise UsageError("no engine reads compressed-tensors weights of ChatGLM-6B; use --format cpm.")
 
     def scale_dtype(self, weight_dtype: str) -> str:
         """See `Format`."""
@@ -68,9 +66,7 @@ class CompressedTensors:
             StoredTensor(name + "_scale", _STORED_DTYPES[scheme.scale_dtype], (rows, groups)),
         ]
         if not scheme.symmetric:
-            stored.append(
-                StoredTensor(name + "_zero_point", "I32", (-(-rows * scheme.bits // 32), groups))
-            )
+            stored.append(StoredTensor(name + "_zero_point", "I32", (-(-rows * scheme.bits // 32), groups)))
         stored.append(StoredTensor(name + "_shape", "I64", (2,), constant=shape))
         return tuple(stored)
 

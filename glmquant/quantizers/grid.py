@@ -46,7 +46,8 @@ def absmax(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 def divisor(scale: torch.Tensor) -> torch.Tensor:
     """`scale` [rows, groups] as float32 [rows, groups, 1], fit to divide by: 0 becomes infinity, so that
-    every code of such a group is 0."""
+    every code of such a group is 0.
+    """
     wide = scale.float().unsqueeze(-1)
     return torch.where(wide == 0, torch.inf, wide)
 
@@ -62,6 +63,7 @@ def round_to_codes(
         weight: float32 [rows, columns]; left as it is.
         scale: [rows, groups], in its stored dtype.
         zero_point: [rows, groups] or None.
+        scheme: gives groups and the range of codes.
     """
     codes = torch.div(group_view(weight, scheme), divisor(scale)).round_()
     if zero_point is not None:

@@ -1,0 +1,341 @@
+"""The command line: parse, call, print. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ._version import __version__
+from .errors import GlmquantError
+from .recipe import Recipe, parse_size
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+GIB = 2**30
+
+
+class _Group(click.Group):
+    """Turns our errors into one sentence and the exit status that goes with them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GlmquantError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            click.echo(f"glmquant: {error}", err=True)
+            ctx.exit(error.exit_status)
+        except KeyboardInterrupt:
+            click.echo(
+                "glmquant: interrupted; OUT was not created (--resume goes on from whole shards).", err=True
+            )
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="glmquant")
+@click.option("--debug", is_flag=True, help="Show a traceback with errors.")
+@click.option(
+    "--install-completion",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, param, value: _completion(ctx) if value else None,
+    help="Print how to enable shell completion, and exit.",
+)
+def main(debug: bool) -> None:
+    r"""Quantize ChatGLM and GLM checkpoints to INT4 / INT8 that load everywhere.
+
+    \b
+    glmquant inspect chatglm3-6b
+    glmquant convert chatglm3-6b chatglm3-6b-int4
+    glmquant verify  chatglm3-6b-int4 --source chatglm3-6b
+    """
+
+
+def _completion(ctx: click.Context) -> None:
+    click.echo("Add the line for your shell to its start-up file:")
+    for shell, file in (("bash", "~/.bashrc"), ("zsh", "~/.zshrc")):
+        click.echo(f'  {file}:  eval "$(_GLMQUANT_COMPLETE={shell}_source glmquant)"')
+    click.echo("  fish:  _GLMQUANT_COMPLETE=fish_source glmquant | source")
+    ctx.exit()
+
+
+def _json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)
+
+
+def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    if value is None or value == "row":
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter("use 32, 64, 128 or row") from None
+
+
+@main.command()
+@click.argument("ref")
+@_json_option
+def inspect(ref: str, as_json: bool) -> None:
+    """Describe the checkpoint REF: family, layers, bytes, quantization, memory.
+
+    Reads config.json and headers only.
+    """
+    from ._inspect import inspect as run
+
+    found = run(ref)
+    if as_json:
+        return click.echo(json.dumps(found.to_json(), indent=2))
+    d = found.dims
+    rows = [
+        ("model", f"{found.model} ({found.family}, {found.layout} layout)"),
+        (
+            "weights",
+            f"{found.parameters / 1e9:.2f} billion, {_size(found.nbytes)} in {len(found.files)} files",
+        ),
+        ("stored as", ", ".join(f"{t} {_size(n)}" for t, n in found.dtypes.items())),
+        ("quantization", ", ".join(f"{s} ({n} weights)" for s, n in found.schemes.items()) or "none"),
+        (
+            "layers",
+            f"{d.layers} x {d.hidden}, {d.heads} heads ({d.kv_heads} KV) of {d.head_dim}, MLP {d.ffn}",
+        ),
+        ("vocabulary", f"{d.vocab}"),
+        ("memory", f"weights {_size(found.nbytes)}, and a 16-bit KV cache for one sequence of"),
+    ]
+    contexts = sorted({n for n in (2048, 8192, d.context) if n <= d.context})
+    rows += [("", f"  {n:>6} tokens  {_size(found.cache_bytes(n))}") for n in contexts]
+    _print_rows(rows)
+    return None
+
+
+@main.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--bits", type=click.Choice(["4", "8", "16"]), default="4", show_default=True)
+@click.option(
+    "--group-size", callback=_group_size, metavar="32|64|128|row", help="Columns that share a scale."
+)
+@click.option(
+    "--symmetric/--asymmetric", default=True, help="Without or with zero points.  [default: symmetric]"
+)
+@click.option(
+    "--method", type=click.Choice(["rtn", "mse", "thudm"]), help="Default: the best one for the format."
+)
+@click.option("--format", "format_", type=click.Choice(["compressed-tensors", "cpm", "safetensors"]))
+@click.option("--layout", type=click.Choice(["native", "original"]), help="transformers' names or THUDM's.")
+@click.option("--quantize-head", is_flag=True, help="Output head in 8 bit instead of 16.")
+@click.option("--quantize-embeddings", is_flag=True, help="Input embeddings in 8 bit instead of 16.")
+@click.option("--adapter", type=click.Path(), metavar="DIR", help="Merge this LoRA (PEFT) first.")
+@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one for each core]")
+@click.option("--max-shard-size", default="4GB", show_default=True, help="Largest file.")
+@click.option("--resume", is_flag=True, help="Go on from the whole shards of an interrupted run.")
+@click.option("--force", is_flag=True, help="Replace an OUT that glmquant wrote.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@_json_option
+def convert(
+    source: str,
+    out: str,
+    bits: str,
+    group_size: Any,
+    symmetric: bool,
+    method: str | None,
+    format_: str | None,
+    layout: str | None,
+    quantize_head: bool,
+    quantize_embeddings: bool,
+    adapter: str | None,
+    workers: int | None,
+    max_shard_size: str,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    r"""Quantize the checkpoint SOURCE into the new folder OUT.
+
+    \b
+    glmquant convert chatglm3-6b out                                 INT4, groups of 128, for transformers and vLLM
+    glmquant convert chatglm3-6b out --bits 8                        INT8
+    glmquant convert chatglm-6b out --format cpm                     THUDM's own INT4, byte for byte
+    glmquant convert chatglm3-6b out --bits 16                       only make it load without remote code
+    glmquant convert chatglm3-6b out --adapter my-lora               merge a fine-tune on the way
+
+    OUT appears when it is whole and verified, never before.
+    """
+    from ._convert import convert as run
+    from ._convert import plan_conversion
+
+    recipe = Recipe(
+        bits=int(bits),
+        group_size=group_size,
+        symmetric=symmetric,
+        method=method,
+        format=format_,
+        layout=layout,
+        quantize_head=quantize_head,
+        quantize_embeddings=quantize_embeddings,
+        max_shard_size=parse_size(max_shard_size),
+    )
+    if dry_run:
+        plan = plan_conversion(source, recipe, adapter=adapter)
+        if as_json:
+            return click.echo(json.dumps(plan.to_json(), indent=2))
+        return _print_plan(plan)
+    with _progress("converting", quiet=as_json) as progress:
+        result = run(
+            source,
+            out,
+            recipe,
+            adapter=adapter,
+            workers=workers,
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        return click.echo(json.dumps({"out": str(result.out), **result.report}, indent=2))
+    for note in result.plan.notes:
+        click.echo(f"note: {note}")
+    summary = result.report["summary"]
+    ratio = summary["source_bytes"] / summary["bytes"]
+    rows = [
+        ("written", f"{result.out}"),
+        (
+            "size",
+            f"{_size(summary['bytes'])}, {ratio:.2f} times smaller, {summary['bits_per_weight']} bits per weight",
+        ),
+    ]
+    if "worst_tensor" in summary:
+        error = f"{summary['mean_relative_error']:.4f} mean, {summary['worst_relative_error']:.4f} worst"
+        rows.append(("error", f"{error} ({summary['worst_tensor']})"))
+    return _print_rows(rows)
+
+
+@main.command()
+@click.argument("out")
+@click.option(
+    "--source", metavar="REF|DIR", help="Measure the error against the checkpoint it was made from."
+)
+@click.option("--adapter", type=click.Path(), metavar="DIR", help="The LoRA that was merged into it.")
+@_json_option
+def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> None:
+    """Check the folder OUT: structure, recorded hashes, and that every weight decodes.
+
+    Exit status 1 if anything is wrong.
+    """
+    from ._verify import verify as run
+
+    with _progress("verifying", quiet=as_json, unit="tensors") as progress:
+        found = run(out, source, adapter=adapter, progress=progress)
+    if as_json:
+        shown = {
+            "ok": found.ok,
+            "problems": found.problems,
+            "files": found.files,
+            "tensors": found.tensors,
+            "quantized": found.quantized,
+            "errors": found.errors,
+        }
+        click.echo(json.dumps(shown, indent=2))
+    else:
+        for problem in found.problems:
+            click.echo(f"problem: {problem}")
+        rows = [
+            ("tensors", f"{found.tensors}, of which {found.quantized} quantized weights were decoded"),
+            (
+                "hashes",
+                f"{found.files} files compared"
+                if found.files
+                else "none recorded (no quantization_report.json)",
+            ),
+        ]
+        if found.errors:
+            worst = max(found.errors, key=lambda name: found.errors[name])
+            mean = sum(found.errors.values()) / len(found.errors)
+            rows.append(("error", f"{mean:.4f} mean, {found.errors[worst]:.4f} worst ({worst})"))
+        rows.append(("verdict", "sound" if found.ok else f"{len(found.problems)} problems"))
+        _print_rows(rows)
+    if not found.ok:
+        sys.exit(1)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        click.echo(f"{name:<{width}}  {text}")
+
+
+def _print_plan(plan: Plan) -> None:
+    recipe = plan.recipe
+    method = f", {recipe.method}" if recipe.method else ""
+    click.echo(f"{plan.model}: {recipe.bits} bit{method}, {recipe.format}, {recipe.layout} layout")
+    click.echo(f"{'tensor':<58} {'shape':>16}  {'from':<5} {'to':<15} {'MiB':>9}")
+    for item in plan.items:
+        shape = " x ".join(str(n) for n in item.shape)
+        target = str(item.scheme) if item.scheme else item.outputs[0].dtype
+        click.echo(f"{item.name:<58} {shape:>16}  {item.dtype:<5} {target:<15} {item.nbytes / 2**20:>9.2f}")
+    click.echo(f"reads {_size(plan.source_nbytes)}, writes {_size(plan.nbytes)} in {len(plan.shards)} files")
+    for note in plan.notes:
+        click.echo(f"note: {note}")
+
+
+@contextmanager
+def _progress(
+    verb: str, *, quiet: bool, unit: str = "bytes"
+) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A live bar on a terminal, a line every tenth of the way elsewhere, nothing with --json; all on stderr."""
+    if quiet:
+        yield None
+        return
+    if not sys.stderr.isatty():
+        shown = -1
+
+        def lines(done: int, total: int, name: str) -> None:
+            nonlocal shown
+            tenth = 10 * done // max(1, total)
+            if tenth != shown:
+                shown = tenth
+                amount = f" of {_size(total)}" if unit == "bytes" else ""
+                click.echo(f"{verb}: {10 * tenth:3d} %{amount} ({name})", err=True)
+
+        yield lines
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+    columns += (
+        [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+        if unit == "bytes"
+        else [MofNCompleteColumn()]
+    )
+    columns += [TimeRemainingColumn(), TextColumn("{task.fields[tensor]}")]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=None, tensor="")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, tensor=name)
+
+
+if __name__ == "__main__":
+    main()
