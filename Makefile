@@ -1,0 +1,40 @@
+# Everything here sets itself up: a virtual environment in .venv with the tested versions.
+# Needs python3 (3.10 or newer), make, and a package index.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format bench test-engines clean
+
+demo: $(READY)  ## convert a real language model to INT8 and INT4 and let it answer
+	$(BIN)/python -m benchmarks.demo
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)  ## put the code in order
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## speed and memory of convert on the real shapes; needs 40 GB of disk and some minutes
+	$(BIN)/python -m benchmarks.convert
+
+test-engines: $(READY)  ## load converted checkpoints in real engines, in environments of their own
+	$(BIN)/python -m tests.engines
+
+# torch goes first and pinned: an unpinned one may bring gigabytes of CUDA libraries along.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache
