@@ -1,0 +1,178 @@
+"""Speed and memory of ``glmquant convert`` on the real shapes, held against copying the same files.
+
+Synthesizes a checkpoint (ChatGLM3-6B by default: 12.5 GB, 7 shards), then times in turn, everything up to and
+including ``sync``, with the source in the page cache (warm) and not (cold):
+
+* ``cp -r`` of the source,
+* ``glmquant convert --bits 4 --group-size 128`` with rtn and with mse, hashing, errors and verification included,
+* ``llama-quantize ... Q4_0`` of the same weights, where that program is on the PATH.
+
+    python -m benchmarks.convert [--model M] [--layers N] [--trials 3] [--folder DIR] [--out FILE]
+
+Needs twice the size of the checkpoint on one disk. Prints a table; the last line is the name of the JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import environment, measure, synthetic
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=synthetic.MODELS, default="chatglm3-6b")
+    parser.add_argument("--layers", type=int, help="only the first N layers (8 make 4.3 GB)")
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=["rtn", "mse"])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glmquant-bench")
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
+    options = parser.parse_args()
+    name = options.model + (f"-{options.layers}-layers" if options.layers else "")
+    source = synthetic.build(options.folder / name, options.model, options.layers)
+    nbytes = sum(path.stat().st_size for path in source.iterdir())
+    trials = _trials(source, options.folder / "out", options.methods, options.trials)
+    result = {
+        "benchmark": "convert",
+        "model": name,
+        "source_bytes": nbytes,
+        "source_files": len(list(source.glob("*.safetensors"))),
+        **environment.describe(),
+        "trials": trials,
+        "summary": summarize(trials),
+        "breakdown": _breakdown(source, options.methods),
+    }
+    _print(result)
+    out = options.out or RESULTS / f"convert-{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(out)
+
+
+def _trials(source: Path, out: Path, methods: list[str], count: int) -> list[dict[str, Any]]:
+    commands = {"cp": ["cp", "-r", str(source), str(out)]}
+    for method in methods:
+        commands[method] = [
+            sys.executable, "-m", "glmquant.cli", "convert", str(source), str(out), "--json",
+            "--bits", "4", "--group-size", "128", "--method", method,
+        ]  # fmt: skip
+    trials = []
+    for number in range(count):
+        for cache in ("cold", "warm"):
+            for name, command in commands.items():
+                shutil.rmtree(out, ignore_errors=True)
+                os.sync()
+                _set_cache(source, warm=cache == "warm")
+                cost = measure.run(command, sync=True)
+                trial = {
+                    "what": name,
+                    "cache": cache,
+                    "trial": number,
+                    "seconds": round(cost.seconds, 3),
+                    "cpu_seconds": round(cost.cpu_seconds, 3),
+                    "peak_anonymous_mib": round(cost.peak_anonymous_bytes / 2**20, 1),
+                }
+                print(json.dumps(trial), flush=True)
+                trials.append(trial)
+    shutil.rmtree(out, ignore_errors=True)
+    return trials
+
+
+def _set_cache(folder: Path, *, warm: bool) -> None:
+    """Put the files of `folder` into the page cache, or out of it (which clean pages allow anyone to do)."""
+    for path in sorted(folder.iterdir()):
+        with path.open("rb", buffering=0) as file:
+            if warm:
+                while file.read(16 << 20):
+                    pass
+            else:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def summarize(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians for each program and cache state, and the ratio to ``cp`` of the same trial and state."""
+    summary: dict[str, Any] = {}
+    copies = {(t["trial"], t["cache"]): t["seconds"] for t in trials if t["what"] == "cp"}
+    for cache in ("cold", "warm"):
+        for what in dict.fromkeys(t["what"] for t in trials):
+            rows = [t for t in trials if t["what"] == what and t["cache"] == cache]
+            summary[f"{what}.{cache}"] = {
+                "median_seconds": round(statistics.median(t["seconds"] for t in rows), 2),
+                "median_ratio_to_cp": round(
+                    statistics.median(t["seconds"] / copies[t["trial"], cache] for t in rows), 3
+                ),
+                "worst_peak_anonymous_mib": max(t["peak_anonymous_mib"] for t in rows),
+            }
+    return summary
+
+
+def _breakdown(source: Path, methods: list[str]) -> dict[str, float]:
+    """Seconds that the parts of a conversion take by themselves, warm, on the largest shard scaled to the whole."""
+    import torch
+
+    from glmquant import _quantize, formats, quantizers
+    from glmquant._convert import _tuned_for_blocks
+    from glmquant._hashing import sha256
+    from glmquant._open import open_source
+    from glmquant.plan import make_plan
+    from glmquant.recipe import Recipe
+
+    shard = max(source.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    _set_cache(source, warm=True)
+    total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    opened = open_source(source)
+    plan = make_plan(opened.source, Recipe())
+    fmt = formats.get("compressed-tensors")
+    quantized = [item for item in plan.items if item.scheme]
+    layer = [item for item in quantized if item.layer == 0]
+    tasks = [task for item in layer for task in _quantize.tasks(item, fmt.row_multiple)]
+    factor = sum(i.source_nbytes for i in quantized) / sum(i.source_nbytes for i in layer)
+
+    def seconds(work: Callable[[], object]) -> float:
+        work()
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    parts = {"sha256_of_the_source_one_core": seconds(lambda: sha256(shard)) * total / shard.stat().st_size}
+    with _tuned_for_blocks(), torch.inference_mode():
+        for method in methods:
+            quantizer = quantizers.get(method)
+            parts[f"quantize_encode_compare_{method}_one_core"] = factor * seconds(
+                lambda q=quantizer: [_quantize.run(t, opened.source, q, fmt) for t in tasks]  # type: ignore[misc]
+            )
+            blocks = [opened.source.read(i.source, 0, 64) for i in layer]
+            scheme = layer[0].scheme
+            assert scheme is not None
+            weights = sum(b.numel() for b in blocks)
+            alone = seconds(lambda q=quantizer: [q(b, scheme) for b in blocks])  # type: ignore[misc]
+            everything = sum(i.source_nbytes for i in quantized) / 2
+            parts[f"of_which_the_quantizer_{method}"] = alone * everything / weights
+    return {name: round(value, 2) for name, value in parts.items()}
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(f"\n{result['model']}, {result['source_bytes'] / 1e9:.1f} GB in {result['source_files']} files")
+    print(f"{'':<10} {'seconds':>9} {'x cp':>7} {'peak anonymous MiB':>20}")
+    for name, row in result["summary"].items():
+        peak = row["worst_peak_anonymous_mib"]
+        print(f"{name:<10} {row['median_seconds']:>9.1f} {row['median_ratio_to_cp']:>7.2f} {peak:>20.0f}")
+    for name, value in result["breakdown"].items():
+        print(f"  {name}: {value} s")
+
+
+if __name__ == "__main__":
+    main()
