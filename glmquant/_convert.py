@@ -101,7 +101,7 @@ def convert(
         if len(plan.shards) > 1:
             files["model.safetensors.index.json"] = index = to_json(_index(plan))
             write_synced(output.partial / "model.safetensors.index.json", index)
-        check_written(output.partial, plan, hashes)
+        check_written(output.partial, plan)
         report = build_report(plan, opened, source_files, hashes, files, entries)
         write_synced(output.partial / REPORT, to_json(report))
         output.commit()

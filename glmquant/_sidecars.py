@@ -100,7 +100,8 @@ def _qualified(value: Any, repository: str) -> Any:
 
 def _repository(config: Mapping[str, Any]) -> str | None:
     name = config.get("_name_or_path")
-    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    # Fine-tunes often name a folder here, ./model or ../model: code would then be looked for on the reader's disk.
+    return name if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

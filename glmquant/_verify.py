@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ import torch
 from . import families, formats, hub
 from ._hashing import sha256
 from ._open import PathLike, open_source
-from .checkpoint.files import read_json
+from .checkpoint.files import check_inside, read_json
 from .checkpoint.output import REPORT
 from .checkpoint.source import TensorSource, open_folder
-from .errors import SourceError, VerificationError
-from .families import Family, LayoutTensor
+from .errors import SourceError, UsageError, VerificationError
+from .families import Dims, Family, LayoutTensor, Role
 from .formats import Format, StoredWeight
 from .plan import Plan
 
 _BLOCK_WEIGHTS = 1 << 20
+_FLOATS = ("F16", "BF16", "F32")
 
 
 @dataclass
@@ -50,20 +51,14 @@ class Verification:
         return not self.problems
 
 
-def check_written(folder: Path, plan: Plan, hashes: Mapping[str, str]) -> None:
-    """Read a finished conversion back once and compare structure and hashes with the plan.
+def check_written(folder: Path, plan: Plan) -> None:
+    """Compare the structure of a finished conversion with the plan, as the safetensors library reads it.
+
+    The hashes of its shards were compared when each was finished (see `ShardedSink`).
 
     Raises:
-        VerificationError: the disk did not keep what was written.
+        VerificationError: a tensor is not what was planned.
     """
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda shard: sha256(folder / shard.file), plan.shards))
-    for shard, digest in zip(plan.shards, found, strict=True):
-        if digest != hashes[shard.file]:
-            raise VerificationError(
-                f"{shard.file} reads back differently from what was written; the disk or the memory of this "
-                "machine is faulty. OUT was not created."
-            )
     infos = open_folder(folder).infos()
     for shard in plan.shards:
         for tensor in shard.tensors:
@@ -89,27 +84,47 @@ def verify(
         progress: called with weights done, weights in all, and a name.
 
     Raises:
-        SourceError: the folder cannot be opened at all. What is wrong inside it is in `Verification.problems`.
+        SourceError: there is no checkpoint in the folder, or `source` cannot be what it was made from. What is
+            wrong inside the folder is in `Verification.problems`.
+        UsageError: an adapter was merged and `adapter` does not name it.
     """
     folder = hub.resolve(out).folder
-    checkpoint = open_folder(folder)
-    family = families.detect(checkpoint.config)
-    dims = family.dims(checkpoint.config)
-    fmt = formats.detect(checkpoint.config)
-    result = Verification(folder, tensors=len(checkpoint.infos()))
-    weights = {w.name: w for w in fmt.quantized(checkpoint.config, family, dims)}
-    layout = list(family.in_layout(dims, family.layout_of(checkpoint.config)))
-    result.problems += _structure(checkpoint, fmt, layout, weights)
+    result = Verification(folder)
     report = _check_hashes(folder, result)
-    if result.problems:
+    try:
+        config = read_json(folder / "config.json")
+        family = families.detect(config)
+    except SourceError:
+        if result.problems:  # a folder of ours, and its damage is known
+            return result
+        raise
+    dims = family.dims(config)
+    try:
+        checkpoint = open_folder(folder)
+        result.tensors = len(checkpoint.infos())
+        fmt = formats.detect(config)
+        weights = {w.name: w for w in fmt.quantized(config, family, dims)}
+    except SourceError as error:
+        result.problems = result.problems or [str(error)]
         return result
+    layout = list(family.in_layout(dims, family.layout_of(config)))
+    faults = _structure(checkpoint, fmt, layout, weights)
+    result.problems += faults
+    if faults:
+        return result  # changed bytes do not end it here: decoding tells which weights they hurt
     originals = None
     if source is not None:
-        originals = _Originals(open_source(source, adapter).source, family)
+        if adapter is None and report and report["source"]["adapter"]:
+            raise UsageError(
+                f"a LoRA was merged into {folder}; pass it with --adapter to compare with a source."
+            )
+        originals = _Originals(open_source(source, adapter).source, family, dims)
     for number, tensor in enumerate(layout):
         if tensor.name in weights:
             _check_weight(checkpoint, fmt, weights[tensor.name], originals, result)
             result.quantized += 1
+        elif tensor.role is not Role.BUFFER and tensor.name in checkpoint.infos():
+            _check_copy(checkpoint, tensor, originals, result)
         if progress is not None:
             progress(number + 1, len(layout), tensor.name)
     _compare_errors(result, report)
@@ -135,13 +150,16 @@ def _structure(
             expected = [(tensor.name, tensor.shape, "")]
         for name, shape, dtype in expected:
             info = infos.pop(name, None)
+            dtypes = (dtype,) if dtype.startswith("I") else _FLOATS
             if info is None:
                 if not tensor.optional:
                     problems.append(f"{name} is missing.")
             elif info.shape != shape:
                 problems.append(f"{name} has shape {list(info.shape)}, config.json calls for {list(shape)}.")
-            elif dtype.startswith("I") and info.dtype != dtype:
-                problems.append(f"{name} is stored as {info.dtype}, the format calls for {dtype}.")
+            elif info.dtype not in dtypes and tensor.role is not Role.BUFFER:
+                problems.append(
+                    f"{name} is stored as {info.dtype}, the format calls for {' or '.join(dtypes)}."
+                )
     problems += [f"{name} does not belong to the model." for name in sorted(infos)]
     return problems
 
@@ -149,16 +167,25 @@ def _structure(
 def _check_hashes(folder: Path, result: Verification) -> dict[str, Any]:
     if not (folder / REPORT).exists():
         return {}
-    report = read_json(folder / REPORT)
-    for name, entry in report.get("files", {}).items():
+    try:
+        report = read_json(folder / REPORT)
+        recorded = {
+            name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in report["files"].items()
+        }
+        for name in recorded:
+            check_inside(folder, name, REPORT)
+        bool(report["source"]["adapter"])
+        [float(entry.get("relative_error", 0)) for entry in report["tensors"].values()]
+    except (SourceError, AttributeError, KeyError, TypeError, ValueError):
+        result.problems.append(f"{REPORT} is damaged; nothing could be compared with it.")
+        return {}
+    for name, (nbytes, digest) in recorded.items():
         path = folder / name
-        if not path.exists():
+        if not path.is_file():
             result.problems.append(f"{name} is missing.")
-        elif path.stat().st_size != entry["bytes"]:
-            result.problems.append(
-                f"{name} has {path.stat().st_size} bytes, the report says {entry['bytes']}."
-            )
-        elif sha256(path) != entry["sha256"]:
+        elif path.stat().st_size != nbytes:
+            result.problems.append(f"{name} has {path.stat().st_size} bytes, the report says {nbytes}.")
+        elif sha256(path) != digest:
             result.problems.append(f"{name} has changed since it was written (SHA-256 differs).")
         result.files += 1
     return report
@@ -201,10 +228,33 @@ def _check_weight(
         result.errors[weight.name] = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
 
 
+@torch.inference_mode()
+def _check_copy(
+    checkpoint: TensorSource, tensor: LayoutTensor, originals: _Originals | None, result: Verification
+) -> None:
+    """A tensor that is not quantized holds numbers, and those of the source."""
+    rows = tensor.shape[0]
+    step = max(1, _BLOCK_WEIGHTS // math.prod(tensor.shape[1:]))
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        block = checkpoint.read(tensor.name, start, stop)
+        if not bool(torch.isfinite(block).all()):
+            result.problems.append(f"{tensor.name} holds NaN or infinity in rows {start} to {stop - 1}.")
+            return
+        if originals is not None and not torch.equal(
+            block, originals.rows(tensor.name, start, stop).to(block.dtype)
+        ):
+            result.problems.append(
+                f"{tensor.name} is a copy that differs from this source in rows {start} to {stop - 1}; "
+                "is it the checkpoint it was made from?"
+            )
+            return
+
+
 class _Originals:
     """The weights a folder was made from, by the names that its layout gives them."""
 
-    def __init__(self, source: TensorSource, made: Family) -> None:
+    def __init__(self, source: TensorSource, made: Family, made_dims: Dims) -> None:
         family = families.detect(source.config)
         if family is not made and not (family.name == "chatglm2" and made.name == "glm"):
             raise SourceError(
@@ -212,6 +262,11 @@ class _Originals:
                 "pass the checkpoint it was made from."
             )
         dims = family.dims(source.config)
+        if replace(dims, context=0) != replace(made_dims, context=0):
+            raise SourceError(
+                f"{source.folder} is a model of other sizes ({dims.layers} layers, {dims.hidden} wide) than the "
+                f"folder ({made_dims.layers} layers, {made_dims.hidden} wide); pass the checkpoint it was made from."
+            )
         self._source = source
         self._places = {
             tensor.name: (tensor.source, tensor.start)
@@ -223,6 +278,8 @@ class _Originals:
         if name not in self._places:
             raise SourceError(f"the source has no weights for {name}; is it what the folder was made from?")
         stored, first = self._places[name]
+        if stored not in self._source.infos():
+            raise SourceError(f"the source has no {stored}; is it what the folder was made from?")
         return self._source.read(stored, first + start, first + stop)
 
 

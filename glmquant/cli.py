@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 GIB = 2**30
+_SHOWN_PROBLEMS = 20  # with the wrong source there is one for every weight
 
 
 class _Group(click.Group):
@@ -29,15 +31,26 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except GlmquantError as error:
-            if ctx.params.get("debug"):
-                traceback.print_exc()
-            click.echo(f"glmquant: {error}", err=True)
-            ctx.exit(error.exit_status)
+            self._fail(ctx, str(error), error.exit_status)
+        except OSError as error:  # a disk or a permission that nobody foresaw
+            if error.errno == errno.EPIPE:
+                raise  # `glmquant inspect ... | head`; click ends quietly
+            where = f"{error.filename}: " if error.filename else ""
+            self._fail(ctx, f"{where}{error.strerror or error}.", GlmquantError.exit_status)
         except KeyboardInterrupt:
-            click.echo(
-                "glmquant: interrupted; OUT was not created (--resume goes on from whole shards).", err=True
+            advice = (
+                "; OUT is as it was, the same command with --resume goes on from the whole shards"
+                if ctx.invoked_subcommand == "convert"
+                else ""
             )
-            ctx.exit(130)
+            self._fail(ctx, f"interrupted{advice}.", 130)
+
+    @staticmethod
+    def _fail(ctx: click.Context, message: str, status: int) -> NoReturn:
+        if ctx.params.get("debug"):
+            traceback.print_exc()
+        click.echo(f"glmquant: {message}", err=True)
+        ctx.exit(status)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,13 +65,13 @@ class _Group(click.Group):
     help="Print how to enable shell completion, and exit.",
 )
 def main(debug: bool) -> None:
-    r"""Quantize ChatGLM and GLM checkpoints to INT4 / INT8 that load everywhere.
+    """Quantize ChatGLM and GLM checkpoints to INT4 / INT8 that load everywhere.
 
     \b
     glmquant inspect chatglm3-6b
     glmquant convert chatglm3-6b chatglm3-6b-int4
     glmquant verify  chatglm3-6b-int4 --source chatglm3-6b
-    """
+    """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
 
 
 def _completion(ctx: click.Context) -> None:
@@ -86,10 +99,14 @@ def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.argument("ref")
 @_json_option
 def inspect(ref: str, as_json: bool) -> None:
-    """Describe the checkpoint REF: family, layers, bytes, quantization, memory.
+    """Describe the checkpoint REF: sizes, quantization, memory.
+
+    \b
+    glmquant inspect chatglm3-6b
+    glmquant inspect chatglm3-6b-int4 --json
 
     Reads config.json and headers only.
-    """
+    """  # noqa: D301 - see main
     from ._inspect import inspect as run
 
     found = run(ref)
@@ -136,7 +153,7 @@ def inspect(ref: str, as_json: bool) -> None:
 @click.option("--quantize-embeddings", is_flag=True, help="Input embeddings in 8 bit instead of 16.")
 @click.option("--adapter", type=click.Path(), metavar="DIR", help="Merge this LoRA (PEFT) first.")
 @click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one for each core]")
-@click.option("--max-shard-size", default="4GB", show_default=True, help="Largest file.")
+@click.option("--max-shard-size", default="4GB", show_default=True, metavar="SIZE", help="Largest file.")
 @click.option("--resume", is_flag=True, help="Go on from the whole shards of an interrupted run.")
 @click.option("--force", is_flag=True, help="Replace an OUT that glmquant wrote.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -160,7 +177,7 @@ def convert(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    r"""Quantize the checkpoint SOURCE into the new folder OUT.
+    """Quantize the checkpoint SOURCE into the new folder OUT.
 
     \b
     glmquant convert chatglm3-6b out                                 INT4, groups of 128, for transformers and vLLM
@@ -170,7 +187,7 @@ def convert(
     glmquant convert chatglm3-6b out --adapter my-lora               merge a fine-tune on the way
 
     OUT appears when it is whole and verified, never before.
-    """
+    """  # noqa: D301 - see main
     from ._convert import convert as run
     from ._convert import plan_conversion
 
@@ -228,10 +245,14 @@ def convert(
 @click.option("--adapter", type=click.Path(), metavar="DIR", help="The LoRA that was merged into it.")
 @_json_option
 def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> None:
-    """Check the folder OUT: structure, recorded hashes, and that every weight decodes.
+    """Check the folder OUT: structure, hashes, decoding.
+
+    \b
+    glmquant verify chatglm3-6b-int4                          every tensor, every recorded hash, every weight
+    glmquant verify chatglm3-6b-int4 --source chatglm3-6b     and its error, against the report's
 
     Exit status 1 if anything is wrong.
-    """
+    """  # noqa: D301 - see main
     from ._verify import verify as run
 
     with _progress("verifying", quiet=as_json, unit="tensors") as progress:
@@ -247,8 +268,10 @@ def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> 
         }
         click.echo(json.dumps(shown, indent=2))
     else:
-        for problem in found.problems:
+        for problem in found.problems[:_SHOWN_PROBLEMS]:
             click.echo(f"problem: {problem}")
+        if len(found.problems) > _SHOWN_PROBLEMS:
+            click.echo(f"problem: and {len(found.problems) - _SHOWN_PROBLEMS} more (--json lists all)")
         rows = [
             ("tensors", f"{found.tensors}, of which {found.quantized} quantized weights were decoded"),
             (

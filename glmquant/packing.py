@@ -17,9 +17,14 @@ if sys.byteorder != "little":  # pragma: no cover - no such machine runs torch w
 
 def _unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Signed codes -> ``code + 2**(bits-1)`` as uint8, contiguous."""
+    # Zero points come transposed. Flat and back, because a column turned into a row counts as contiguous while
+    # its row stride stays 1, and torch then refuses to view pairs of its items.
+    flat = codes.reshape(-1)
     if bits == 8:  # adding 128 modulo 256 flips the top bit
-        return codes.contiguous().view(torch.uint8) ^ 0x80
-    return (codes + 8).view(torch.uint8)
+        unsigned = flat.view(torch.uint8) ^ 0x80
+    else:
+        unsigned = (flat + 8).view(torch.uint8)
+    return unsigned.view(codes.shape)
 
 
 def _join_nibbles(nibbles: torch.Tensor) -> torch.Tensor:

@@ -309,14 +309,17 @@ def _stages(items: list[Item]) -> Iterator[Stage]:
 
 def _shards(items: list[Item], max_size: int) -> tuple[ShardLayout, ...]:
     """Fill shards in order; the tensors of one item stay together."""
+    empty = len(ShardLayout("", ()).header()) + 8  # padding of a header
     filled: list[list[StoredTensor]] = [[]]
-    size = 0
+    size = empty
     for item in items:
-        if filled[-1] and size + item.nbytes > max_size:
+        # A line of the header holds the name, two offsets, the shape and some 60 characters of JSON.
+        added = item.nbytes + sum(len(tensor.name) + 120 for tensor in item.outputs)
+        if filled[-1] and size + added > max_size:
             filled.append([])
-            size = 0
+            size = empty
         filled[-1].extend(item.outputs)
-        size += item.nbytes
+        size += added
     if len(filled) == 1:
         return (ShardLayout("model.safetensors", tuple(filled[0])),)
     return tuple(

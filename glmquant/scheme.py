@@ -107,7 +107,7 @@ class QuantizedTensor:
 
     Attributes:
         codes: int8 [rows, columns], within ``scheme.qmin..scheme.qmax``.
-        scale: [rows, groups] in ``scheme.scale_dtype``; never NaN, 0 only where every code is 0,
+        scale: [rows, groups] in ``scheme.scale_dtype``; never NaN, 0 only where every code is the zero point,
             negative where the code range is used upside down (the extreme weight gets code ``qmin``).
         zero_point: int8 [rows, groups] on the same signed grid as the codes, or None when symmetric.
         scheme: how to read the above.

@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise SourceError(f"{path} does not exist; is this a model folder?") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read: {error}.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not valid JSON ({error}); download the file again.") from None
     if not isinstance(value, dict):
         raise SourceError(f"{path} must hold a JSON object, not a {type(value).__name__}.")

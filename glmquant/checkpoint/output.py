@@ -7,9 +7,12 @@ A killed run leaves ``OUT.partial`` with a journal of the shards that are whole,
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shutil
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -41,7 +44,8 @@ class OutputFolder:
     """
 
     def __init__(self, out: Path, digest: str, *, resume: bool = False, force: bool = False) -> None:
-        self.out = out
+        # A link keeps pointing where it points; what it points to is written and replaced.
+        self.out = out = out.resolve() if out.is_symlink() else out
         self.partial = out.with_name(out.name + ".partial")
         self.finished: dict[str, Any] = {}
         self._digest, self._resume, self._force = digest, resume, force
@@ -50,6 +54,7 @@ class OutputFolder:
     def __enter__(self) -> Self:
         check_out(self.out, force=self._force)
         try:
+            self._check_partial()
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -58,11 +63,19 @@ class OutputFolder:
                 "wait for it, or choose another OUT."
             ) from None
         except OSError as error:
-            raise OutputError(f"cannot write to {self.partial}: {error.strerror}.") from None
+            raise write_error(self.partial, error) from None
         try:
-            self._prepare()
+            self.finished = self._resumable()
         except BaseException:
-            self._lock.release()
+            self._lock.release()  # and nothing else: somebody's work is in there
+            raise
+        try:
+            _empty(self.partial, keep={_LOCK, _JOURNAL, *self.finished})
+            self._write_journal()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            if isinstance(error, OSError):
+                raise write_error(self.partial, error) from None
             raise
         return self
 
@@ -72,30 +85,38 @@ class OutputFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None and not self.finished:
+            # Nothing in it is worth resuming. Removed under the lock: a moment later it may be somebody else's.
+            _remove(self.partial, last=_LOCK)
         self._lock.release()
-        if kind is not None and not self.finished and self.partial.exists():
-            # Nothing in it is worth resuming.
-            shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _prepare(self) -> None:
+    def _check_partial(self) -> None:
+        """Refuse a folder of that name that no glmquant left behind: it is about to be emptied."""
+        if not self.partial.is_dir():
+            return
+        found = {path.name for path in self.partial.iterdir()}
+        if found and found.isdisjoint({_LOCK, _JOURNAL, REPORT}):
+            raise OutputError(
+                f"{self.partial} is where {self.out} would be written, and it holds something else; "
+                "move it away or choose another OUT."
+            )
+
+    def _resumable(self) -> dict[str, Any]:
+        """Journal entries of an interrupted run that was asked for the same thing."""
         journal = self.partial / _JOURNAL
-        if self._resume and journal.exists():
-            try:
-                state = json.loads(journal.read_text())
-                shards = dict(state["shards"])
-                digest = state["digest"]
-            except (OSError, ValueError, KeyError, TypeError):
-                shards, digest = {}, self._digest  # a damaged journal vouches for nothing
-            if digest != self._digest:
-                raise OutputError(
-                    f"{self.partial} was begun with other options or from another source; run the command that "
-                    "began it with --resume, or without --resume to start over."
-                )
-            self.finished = shards
-        for path in self.partial.iterdir():
-            if path.name not in {_LOCK, _JOURNAL, *self.finished}:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._write_journal()
+        if not self._resume or not journal.exists():
+            return {}
+        try:
+            state = json.loads(journal.read_text())
+            shards, digest = dict(state["shards"]), state["digest"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # a damaged journal vouches for nothing
+        if digest != self._digest:
+            raise OutputError(
+                f"{self.partial} was begun with other options or from another source; run the command that "
+                "began it with --resume, or without --resume to start over."
+            )
+        return shards
 
     def forget(self, file: str) -> None:
         """Drop a shard that turned out not to be whole."""
@@ -119,12 +140,14 @@ class OutputFolder:
         Raises:
             OutputError: something else took the name meanwhile.
         """
-        (self.partial / _JOURNAL).unlink()
-        _sync_folder(self.partial)
         old = None
         try:
-            if self.out.exists() and any(self.out.iterdir()):
+            replacing = self.out.exists() and any(self.out.iterdir())
+            if replacing:
                 check_out(self.out, force=self._force)
+            (self.partial / _JOURNAL).unlink()
+            _sync_folder(self.partial)
+            if replacing:
                 old = _exchange(self.partial, self.out)
             else:
                 self.partial.rename(self.out)
@@ -133,10 +156,10 @@ class OutputFolder:
                 f"cannot rename {self.partial} to {self.out} ({error.strerror}); the converted model is whole "
                 "and stays there under its temporary name."
             ) from None
-        _sync_folder(self.out.parent)
         (self.out / _LOCK).unlink(missing_ok=True)
+        _sync_folder(self.out.parent)
         if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old, last=REPORT)
 
 
 def check_out(out: Path, *, force: bool) -> None:
@@ -149,6 +172,9 @@ def check_out(out: Path, *, force: bool) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"{out} exists and is not a folder; choose another OUT.")
+    if os.path.ismount(out):
+        # It cannot be renamed to, which would come out only at the very end.
+        raise OutputError(f"{out} is a mount point; choose a folder inside it, such as {out / 'model'}.")
     if not any(out.iterdir()):
         return
     if not force:
@@ -161,11 +187,52 @@ def check_out(out: Path, *, force: bool) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a small file and wait until it is on disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a small file and wait until it is on disk.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(path.parent, error) from None
+
+
+def write_error(partial: Path, error: OSError, needed: int | None = None) -> OutputError:
+    """What a failed write in the folder `partial` means; `needed` is what the whole conversion takes there."""
+    if error.errno == errno.EFBIG:
+        return OutputError(
+            f"a file in {partial} would grow beyond what its file system (or `ulimit -f`) allows; "
+            "use a smaller --max-shard-size or choose another OUT."
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        size = f": the conversion needs {show_size(needed)} there" if needed is not None else ""
+        return OutputError(
+            f"no room left in {partial.parent}{size}. Free some space (or choose another OUT) "
+            "and run the same command with --resume."
+        )
+    return OutputError(f"cannot write to {partial}: {error.strerror or error}.")
+
+
+def show_size(nbytes: int) -> str:
+    """Bytes as GiB, or as MiB where that would be 0.0 GiB."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def _empty(folder: Path, keep: Collection[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove(folder: Path, last: str) -> None:
+    """Remove a folder as far as possible; `last` goes last, so that half of it is still known for ours."""
+    with suppress(OSError):
+        _empty(folder, keep={last})
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -193,5 +260,9 @@ def _exchange(new: Path, old: Path) -> Path:
         return new
     aside = old.with_name(old.name + ".replaced")
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
     return aside

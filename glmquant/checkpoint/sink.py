@@ -1,12 +1,12 @@
 """Writing safetensors shards as a stream: headers first, then rows as they come, hashed on their way.
 
 The plan knows every tensor before the first byte is written, so a shard's header can be written first and the
-data appended in one pass. Nothing is read back and nothing needs a whole tensor in memory.
+data appended in one pass; nothing needs a whole tensor in memory. What has been written is read back once, in the
+background and a little behind the writing, and compared by its hash.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import OutputError
+from ..errors import VerificationError
+from .output import write_error
 from .source import ITEM_SIZES
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 # Written bytes are pushed to the disk this often, in the background: left alone, the kernel keeps gigabytes
 # back for the final fsync and the disk idles while weights are being quantized.
 _FLUSH_BYTES = 256 << 20
+_READ_BYTES = 4 << 20
+_sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,42 @@ class TensorSink(Protocol):
         """Finish; returns the SHA-256 of every shard by file name."""
 
 
+class _ReadBack:
+    """The hash of a growing file as it reads, kept up in steps."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._read = 0
+
+    def up_to(self, size: int) -> str:
+        """Read on to byte `size`; returns the SHA-256 of everything before it."""
+        buffer = memoryview(bytearray(_READ_BYTES))
+        while self._read < size:
+            count = self._file.readinto(buffer[: size - self._read])
+            if not count:
+                break  # shorter than what was written: the hash will tell
+            self._hash.update(buffer[:count])
+            self._read += count
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class _OpenShard:
     """The shard being written: an appending file, its running hash, and rows that came before their turn."""
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
         self.layout = layout
         self._file = path.open("wb", buffering=0)
+        self.read_back = _ReadBack(path)
         self._hash = hashlib.sha256()
         self._order = layout.in_file_order()
         self._turn = 0
         self._written = 0  # bytes of the tensor whose turn it is
         self._waiting: dict[str, list[memoryview]] = {t.name: [] for t in self._order}
+        self.size = 0
         self.unflushed = 0
         self._emit(memoryview(layout.header()))
 
@@ -127,6 +155,7 @@ class _OpenShard:
     def _emit(self, data: memoryview) -> None:
         self._hash.update(data)
         self.unflushed += data.nbytes
+        self.size += data.nbytes
         while data.nbytes:
             data = data[self._file.write(data) :]
 
@@ -134,16 +163,24 @@ class _OpenShard:
     def complete(self) -> bool:
         return self._turn == len(self._order)
 
-    @property
-    def fileno(self) -> int:
-        return self._file.fileno()
+    def flush(self, size: int) -> None:
+        """Put the first `size` bytes on the disk and read them back."""
+        _sync(self._file.fileno())
+        self.read_back.up_to(size)
 
     def finish(self) -> str:
         os.fsync(self._file.fileno())
-        self._file.close()
-        return self._hash.hexdigest()
+        digest = self._hash.hexdigest()
+        if self.read_back.up_to(self.size) != digest:
+            raise VerificationError(
+                f"{self.layout.file} reads back differently from what was written; the disk or the memory of this "
+                "machine is faulty. OUT was not created."
+            )
+        self.close()
+        return digest
 
-    def abandon(self) -> None:
+    def close(self) -> None:
+        self.read_back.close()
         self._file.close()
 
 
@@ -179,6 +216,7 @@ class ShardedSink:
 
         Raises:
             OutputError: the disk is full or refuses to write.
+            VerificationError: the file does not read back as it was written.
         """
         import torch
 
@@ -190,9 +228,10 @@ class ShardedSink:
                 self._finish(shard)
             elif shard.unflushed >= _FLUSH_BYTES:
                 shard.unflushed = 0
-                self._flush_in_background(shard.fileno)
+                self._wait_for_flush()
+                self._flush = self._flusher.submit(shard.flush, shard.size)
         except OSError as error:
-            raise self._cannot_write(error) from None
+            raise write_error(self._folder, error, self._needed) from None
 
     def _start(self) -> _OpenShard:
         layout = self._todo.pop(0)
@@ -201,10 +240,6 @@ class ShardedSink:
             if tensor.constant is not None:
                 self._current.write(tensor.name, _constant_bytes(tensor))
         return self._current
-
-    def _flush_in_background(self, fileno: int) -> None:
-        self._wait_for_flush()
-        self._flush = self._flusher.submit(os.fdatasync, fileno)
 
     def _wait_for_flush(self) -> None:
         if self._flush is not None:
@@ -216,15 +251,6 @@ class ShardedSink:
         self._hashes[shard.layout.file] = shard.finish()
         self._current = None
         self._on_shard(shard.layout.file, self._hashes[shard.layout.file])
-
-    def _cannot_write(self, error: OSError) -> OutputError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return OutputError(
-                f"no room left in {self._folder.parent}: the conversion needs "
-                f"{self._needed / 2**30:.2f} GiB there. Free some space (or choose another OUT) "
-                "and run the same command with --resume."
-            )
-        return OutputError(f"cannot write to {self._folder}: {error.strerror or error}.")
 
     def close(self) -> dict[str, str]:
         """Finish; returns the SHA-256 of every shard by file name.
@@ -241,7 +267,7 @@ class ShardedSink:
         """Close files without finishing them."""
         self._flusher.shutdown()
         if self._current is not None:
-            self._current.abandon()
+            self._current.close()
             self._current = None
 
 

@@ -216,10 +216,13 @@ class BinSource(_FolderSource):
             raise SourceError(
                 f"{path} is damaged ({str(error).splitlines()[0]}); download it again."
             ) from None
-        if not isinstance(tensors, dict) or not all(
-            isinstance(value, torch.Tensor) for value in tensors.values()
-        ):
-            raise SourceError(f"{path} is not a plain dictionary of tensors.")
+        for name, value in tensors.items() if isinstance(tensors, dict) else [("it", tensors)]:
+            if not (isinstance(name, str) and _is_plain(value)):
+                raise SourceError(
+                    f"{path} is not a plain dictionary of tensors ({name} is a {type(value).__name__}); if it is "
+                    "a training checkpoint, save the model's state_dict and convert that."
+                )
+        assert isinstance(tensors, dict)
         return tensors
 
     def _shard_infos(self, shard: str) -> list[TensorInfo]:
@@ -235,7 +238,15 @@ class BinSource(_FolderSource):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         tensor: torch.Tensor = self._handle(self._infos[name].shard)[name]
-        return tensor[start:stop] if tensor.dim() else tensor
+        # A pickle may hold views, for example a transpose; quantizers expect rows that lie one after the other.
+        return (tensor[start:stop] if tensor.dim() else tensor).contiguous()
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor with numbers in it: not sparse, not on the meta device."""
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
 def open_folder(folder: Path) -> TensorSource:

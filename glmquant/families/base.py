@@ -150,14 +150,21 @@ class Family:
                 )
         try:
             dims = self.read_dims(config)
+            if self.native_config is not None:
+                self.native_config(config)  # what it lacks is to be known before a weight is read
         except KeyError as error:
             raise SourceError(f"config.json of this {self.name} model lacks {error}.") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise SourceError(f"config.json of this {self.name} model has a bad value: {error}.") from None
-        for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab"):
+        for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context"):
             value = getattr(dims, field)
-            if not isinstance(value, int) or value <= 0:
-                raise SourceError(f"config.json gives {field} as {value!r}; it must be positive.")
+            if type(value) is not int or value <= 0:  # a bool is an int too
+                raise SourceError(f"config.json gives {field} as {value!r}; it must be a positive number.")
+        if dims.heads % dims.kv_heads:
+            raise SourceError(
+                f"config.json gives {dims.heads} attention heads, which cannot share {dims.kv_heads} key/value "
+                "heads evenly."
+            )
         return dims
 
     def tensors(self, dims: Dims) -> Iterator[TensorSpec]:

@@ -11,18 +11,17 @@ from .base import Config, Dims, Family, Role, TensorRule
 
 
 def _dims(config: Config) -> Dims:
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    # What GlmConfig and Glm4Config assume where config.json is silent: kv_heads, head_dim, qkv_bias.
     return Dims(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
+        heads=config["num_attention_heads"],
+        kv_heads=config.get("num_key_value_heads", 2),
+        head_dim=config.get("head_dim", 128),
         ffn=config["intermediate_size"],
         vocab=config["vocab_size"],
         context=config["max_position_embeddings"],
-        qkv_bias=config.get("attention_bias", False),
+        qkv_bias=config.get("attention_bias", True),
         tied_head=config.get("tie_word_embeddings", False),
     )
 

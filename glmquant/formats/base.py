@@ -92,11 +92,10 @@ def resolve_scheme(recipe: Recipe, abilities: Abilities, format_name: str, scale
             f"--format {format_name} has no group size {group}; use --group-size {_either(abilities.groups)}."
         )
     if not recipe.symmetric and recipe.bits not in abilities.asymmetric_bits:
-        others = (
-            f"with --bits {_either(abilities.asymmetric_bits)}" if abilities.asymmetric_bits else "at all"
-        )
-        only = "only " if abilities.asymmetric_bits else "not "
-        raise UsageError(f"--format {format_name} can be asymmetric {only}{others}; use --symmetric.")
+        possible = "cannot be asymmetric"
+        if abilities.asymmetric_bits:
+            possible = f"can be asymmetric only with --bits {_either(abilities.asymmetric_bits)}"
+        raise UsageError(f"--format {format_name} {possible}; use --symmetric.")
     return Scheme(
         bits=recipe.bits,
         group_size=None if group == ROW else int(group),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..families import Dims, Family
-    from ..plan import Plan
+    from ..plan import Item, Plan
 
 _SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _STORED_DTYPES = {value: key for key, value in _SCALE_DTYPES.items()}
@@ -99,21 +99,27 @@ class CompressedTensors:
         """See `Format`."""
         from ..families import Role
 
-        schemes: dict[Scheme, list[str]] = {}
+        schemes: dict[Scheme, list[Item]] = {}
         ignore = []
         for item in plan.items:
             if item.scheme is not None:
-                schemes.setdefault(item.scheme, []).append(item.name)
+                schemes.setdefault(item.scheme, []).append(item)
             elif item.role is Role.HEAD:
                 ignore.append(item.name.removesuffix(".weight"))
         groups = {}
-        # The scheme of most weights gets the class as its target, others the names of their modules,
-        # which take precedence in every reader.
-        ordered = sorted(schemes, key=lambda s: -len(schemes[s]))
+        # The scheme of most weights gets the class as its target. Everything else is named: other schemes, the
+        # embedding (no Linear), and the head (no Linear in vLLM). Named groups go first, because compressed-tensors
+        # tries targets in order and warns of those it never came to.
+        ordered = sorted(schemes, key=lambda s: len(schemes[s]))
         for number, scheme in enumerate(ordered):
-            names = sorted(n.removesuffix(".weight") for n in schemes[scheme])
+            most = number == len(ordered) - 1
+            names = sorted(
+                item.name.removesuffix(".weight")
+                for item in schemes[scheme]
+                if not most or item.role is not Role.LINEAR
+            )
             groups[f"group_{number}"] = {
-                "targets": ["Linear"] if number == 0 else names,
+                "targets": [*names, "Linear"] if most else names,
                 "weights": {
                     "num_bits": scheme.bits,
                     "type": "int",

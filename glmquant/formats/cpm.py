@@ -18,7 +18,7 @@ from ..checkpoint.sink import StoredTensor
 from ..errors import UsageError
 from ..recipe import Recipe
 from ..scheme import QuantizedTensor, Scheme
-from .base import Abilities, StoredWeight
+from .base import Abilities, StoredWeight, resolve_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,8 @@ class Cpm:
 
     def check(self, recipe: Recipe, family: Family) -> None:
         """See `Format`."""
+        # Before the method is looked at, whose advice would be another method: none has groups here.
+        resolve_scheme(recipe, self.abilities, self.name, "float16")
         first = family.name == "chatglm"
         if recipe.quantize_embeddings and not first:
             raise UsageError(
