@@ -5,7 +5,7 @@ including ``sync``, with the source in the page cache (warm) and not (cold):
 
 * ``cp -r`` of the source,
 * ``glmquant convert --bits 4 --group-size 128`` with rtn and with mse, hashing, errors and verification included,
-* ``llama-quantize ... Q4_0`` of the same weights, where that program is on the PATH.
+* ``llama-quantize ... Q4_0`` of the same weights, where that program is on the PATH (or given by ``--llama``).
 
     python -m benchmarks.convert [--model M] [--layers N] [--trials 3] [--folder DIR] [--out FILE]
 
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import environment, measure, synthetic
+from . import environment, gguf_f16, measure, synthetic
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,12 +39,28 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=["rtn", "mse"])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glmquant-bench")
+    parser.add_argument(
+        "--llama",
+        default=shutil.which("llama-quantize"),
+        help="program called as: PROGRAM IN.gguf OUT.gguf Q4_0",
+    )
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     options = parser.parse_args()
     name = options.model + (f"-{options.layers}-layers" if options.layers else "")
     source = synthetic.build(options.folder / name, options.model, options.layers)
     nbytes = sum(path.stat().st_size for path in source.iterdir())
-    trials = _trials(source, options.folder / "out", options.methods, options.trials)
+    out = options.folder / "out"
+    inputs = {"cp": source, **dict.fromkeys(options.methods, source)}
+    commands = {"cp": ["cp", "-r", str(source), str(out)]}
+    for method in options.methods:
+        commands[method] = [
+            sys.executable, "-m", "glmquant.cli", "convert", str(source), str(out), "--json",
+            "--bits", "4", "--group-size", "128", "--method", method,
+        ]  # fmt: skip
+    if options.llama and synthetic.MODELS[options.model]["torch_dtype"] == "float16":
+        inputs["llama-quantize"] = gguf_f16.write(source, options.folder / f"{name}-f16.gguf")
+        commands["llama-quantize"] = [options.llama, str(inputs["llama-quantize"]), str(out), "Q4_0"]
+    trials = _trials(commands, inputs, out, options.trials)
     result = {
         "benchmark": "convert",
         "model": name,
@@ -56,26 +72,22 @@ def main() -> None:
         "breakdown": _breakdown(source, options.methods),
     }
     _print(result)
-    out = options.out or RESULTS / f"convert-{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(out)
+    document = options.out or RESULTS / f"convert-{name}.json"
+    document.parent.mkdir(parents=True, exist_ok=True)
+    document.write_text(json.dumps(result, indent=1) + "\n")
+    print(document)
 
 
-def _trials(source: Path, out: Path, methods: list[str], count: int) -> list[dict[str, Any]]:
-    commands = {"cp": ["cp", "-r", str(source), str(out)]}
-    for method in methods:
-        commands[method] = [
-            sys.executable, "-m", "glmquant.cli", "convert", str(source), str(out), "--json",
-            "--bits", "4", "--group-size", "128", "--method", method,
-        ]  # fmt: skip
+def _trials(
+    commands: dict[str, list[str]], inputs: dict[str, Path], out: Path, count: int
+) -> list[dict[str, Any]]:
     trials = []
     for number in range(count):
         for cache in ("cold", "warm"):
             for name, command in commands.items():
-                shutil.rmtree(out, ignore_errors=True)
+                _remove(out)
                 os.sync()
-                _set_cache(source, warm=cache == "warm")
+                _set_cache(inputs[name], warm=cache == "warm")
                 cost = measure.run(command, sync=True)
                 trial = {
                     "what": name,
@@ -87,13 +99,20 @@ def _trials(source: Path, out: Path, methods: list[str], count: int) -> list[dic
                 }
                 print(json.dumps(trial), flush=True)
                 trials.append(trial)
-    shutil.rmtree(out, ignore_errors=True)
+    _remove(out)
     return trials
 
 
-def _set_cache(folder: Path, *, warm: bool) -> None:
-    """Put the files of `folder` into the page cache, or out of it (which clean pages allow anyone to do)."""
-    for path in sorted(folder.iterdir()):
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _set_cache(source: Path, *, warm: bool) -> None:
+    """Put a file, or those of a folder, into the page cache, or out of it (which anyone may do to clean pages)."""
+    for path in sorted(source.iterdir()) if source.is_dir() else [source]:
         with path.open("rb", buffering=0) as file:
             if warm:
                 while file.read(16 << 20):
@@ -129,6 +148,7 @@ def _breakdown(source: Path, methods: list[str]) -> dict[str, float]:
     from glmquant._open import open_source
     from glmquant.plan import make_plan
     from glmquant.recipe import Recipe
+    from glmquant.scheme import Scheme
 
     shard = max(source.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     _set_cache(source, warm=True)
@@ -148,16 +168,14 @@ def _breakdown(source: Path, methods: list[str]) -> dict[str, float]:
         return time.perf_counter() - started
 
     parts = {"sha256_of_the_source_one_core": seconds(lambda: sha256(shard)) * total / shard.stat().st_size}
+    blocks = [opened.source.read(item.source, 0, 64) for item in layer]
+    scheme, weights = Scheme(4, 128), sum(block.numel() for block in blocks)
     with _tuned_for_blocks(), torch.inference_mode():
         for method in methods:
             quantizer = quantizers.get(method)
             parts[f"quantize_encode_compare_{method}_one_core"] = factor * seconds(
                 lambda q=quantizer: [_quantize.run(t, opened.source, q, fmt) for t in tasks]  # type: ignore[misc]
             )
-            blocks = [opened.source.read(i.source, 0, 64) for i in layer]
-            scheme = layer[0].scheme
-            assert scheme is not None
-            weights = sum(b.numel() for b in blocks)
             alone = seconds(lambda q=quantizer: [q(b, scheme) for b in blocks])  # type: ignore[misc]
             everything = sum(i.source_nbytes for i in quantized) / 2
             parts[f"of_which_the_quantizer_{method}"] = alone * everything / weights

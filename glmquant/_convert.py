@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from ._verify import check_written
 from ._version import __version__
 from .checkpoint.output import REPORT, OutputFolder, check_out, write_synced
 from .checkpoint.sink import ShardedSink, ShardLayout
+from .checkpoint.source import TensorSource
 from .errors import OutputError
 from .plan import Plan, make_plan
 from .recipe import Recipe
@@ -144,6 +145,7 @@ def _write_weights(
         else:
             todo.extend(_quantize.tasks(item, fmt.row_multiple))
     hasher.consumed(done)
+    shards = _SourceShards(opened.source, todo)
     error = ItemError()
     try:
         for task, result in _in_order(
@@ -157,6 +159,7 @@ def _write_weights(
                 error = ItemError()
             for name, rows in result.rows.items():
                 sink.write_rows(name, rows)
+            shards.done(task)
             done += task.nbytes
             hasher.consumed(task.nbytes)
             if progress is not None:
@@ -165,6 +168,30 @@ def _write_weights(
     except BaseException:
         sink.abandon()
         raise
+
+
+class _SourceShards:
+    """Tells the source which shards come next and which are done with."""
+
+    def __init__(self, source: TensorSource, todo: list[Task]) -> None:
+        self._source = source
+        infos = source.infos()
+        self._shard = {task.item.source: infos[task.item.source].shard for task in todo}
+        self._left = Counter(self._shard[task.item.source] for task in todo)
+        self._ahead = deque(dict.fromkeys(self._shard[task.item.source] for task in todo))
+        self._prefetch(2)
+
+    def _prefetch(self, count: int) -> None:
+        for _ in range(min(count, len(self._ahead))):
+            self._source.prefetch(self._ahead.popleft())
+
+    def done(self, task: Task) -> None:
+        """One more task has been worked on."""
+        shard = self._shard[task.item.source]
+        self._left[shard] -= 1
+        if not self._left[shard]:
+            self._source.release(shard)
+            self._prefetch(1)
 
 
 def _in_order(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import families, formats
-from .checkpoint.files import read_json
+from .checkpoint.files import check_inside, read_json
 from .plan import Plan
 
 _CARRIED = (
@@ -33,6 +33,7 @@ def sidecar_files(folder: Path, source_config: Mapping[str, Any], plan: Plan) ->
     for pattern in _CARRIED:
         for path in sorted(folder.glob(pattern)):
             if path.is_file():
+                check_inside(folder, path.name, "the checkpoint folder")
                 files[path.name] = path.read_bytes()
     files["config.json"] = to_json(output_config(source_config, plan))
     repo = _repository(source_config)
@@ -41,10 +42,11 @@ def sidecar_files(folder: Path, source_config: Mapping[str, Any], plan: Plan) ->
         native = plan.recipe.layout == "native"
         files["tokenizer_config.json"] = to_json(without_code(tokenizer, None if native else repo))
     if plan.recipe.layout == "native":
-        from .tokenizers import fast_tokenizer_files
+        from .tokenizers import fast_tokenizer_files, kind_of
 
         files.update(fast_tokenizer_files(folder) or {})
-        files.setdefault("generation_config.json", to_json(generation_config(source_config, plan)))
+        defaults = generation_config(source_config, plan, has_roles=kind_of(folder) != "chatglm2")
+        files.setdefault("generation_config.json", to_json(defaults))
     return dict(sorted(files.items()))
 
 
@@ -63,10 +65,13 @@ def output_config(source_config: Mapping[str, Any], plan: Plan) -> dict[str, Any
     return config
 
 
-def generation_config(source_config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Sampling defaults of the original ``chat()``, for models whose folders lack a generation_config.json."""
+def generation_config(source_config: Mapping[str, Any], plan: Plan, *, has_roles: bool) -> dict[str, Any]:
+    """Sampling defaults of the original ``chat()``, for models whose folders lack a generation_config.json.
+
+    `has_roles`: the tokenizer may be ChatGLM3's, whose answers end where the next role begins.
+    """
     stops: Any = source_config.get("eos_token_id")
-    if plan.family == "chatglm2" and plan.dims.vocab == _CHATGLM3_ROWS and stops == 2:
+    if has_roles and plan.family == "chatglm2" and plan.dims.vocab == _CHATGLM3_ROWS and stops == 2:
         stops = _CHATGLM3_STOPS
     defaults = {
         "do_sample": True,

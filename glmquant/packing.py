@@ -20,10 +20,8 @@ def _unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
     # Zero points come transposed. Flat and back, because a column turned into a row counts as contiguous while
     # its row stride stays 1, and torch then refuses to view pairs of its items.
     flat = codes.reshape(-1)
-    if bits == 8:  # adding 128 modulo 256 flips the top bit
-        unsigned = flat.view(torch.uint8) ^ 0x80
-    else:
-        unsigned = (flat + 8).view(torch.uint8)
+    # adding 128 modulo 256 flips the top bit
+    unsigned = flat.view(torch.uint8) ^ 0x80 if bits == 8 else (flat + 8).view(torch.uint8)
     return unsigned.view(codes.shape)
 
 
@@ -34,7 +32,7 @@ def _join_nibbles(nibbles: torch.Tensor) -> torch.Tensor:
 
 
 def _split_nibbles(joined: torch.Tensor) -> torch.Tensor:
-    """uint8 [rows, n] -> uint8 values 0..15 [rows, 2n]; the inverse of `_join_nibbles`."""
+    """uint8 [n] -> uint8 values 0..15 [2n]; the inverse of `_join_nibbles`."""
     pairs = joined.to(torch.int16)
     return ((pairs | (pairs << 4)) & 0x0F0F).view(torch.uint8)
 
@@ -61,9 +59,9 @@ def pack_int32(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_int32(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Inverse of `pack_int32`: int32 [rows, words] -> int8 [rows, columns]."""
-    stored = words.contiguous().view(torch.uint8)
+    stored = words.reshape(-1).view(torch.uint8)  # flat as in `_unsigned`
     signed = (stored ^ 0x80).view(torch.int8) if bits == 8 else _split_nibbles(stored).view(torch.int8) - 8
-    return signed[:, :columns]
+    return signed.view(words.shape[0], words.shape[1] * 32 // bits)[:, :columns]
 
 
 def pack_nibbles_high_first(codes: torch.Tensor) -> torch.Tensor:

@@ -220,12 +220,14 @@ def make_plan(source: TensorSource, recipe: Recipe) -> Plan:
 
 def check_source(source: TensorSource, family: Family, dims: Dims) -> dict[str, TensorInfo]:
     """The tensors of a whole model, or a `SourceError` that names what is missing, foreign or misshapen."""
-    infos = dict(source.infos())
-    if any(".prefix_encoder." in name for name in infos) or source.config.get("pre_seq_len"):
+    # The config is asked first: the folder that P-tuning leaves holds nothing but the prefix.
+    if source.config.get("pre_seq_len") or any(".prefix_encoder." in name for name in source.infos()):
         raise SourceError(
-            "this checkpoint holds a P-tuning prefix, which has no quantized form and no place in the native "
-            "layout; convert the base model without it and keep the prefix beside it."
+            f"{source.folder} holds a P-tuning prefix (pre_seq_len in config.json, or a prefix_encoder), which has "
+            "no quantized form and no place in the native layout; convert the base model without it and keep the "
+            "prefix beside it."
         )
+    infos = dict(source.infos())
     missing, expected = [], set()
     for spec in family.tensors(dims):
         expected.add(spec.name)
@@ -246,16 +248,20 @@ def check_source(source: TensorSource, family: Family, dims: Dims) -> dict[str, 
             )
     if missing:
         raise SourceError(
-            f"{source.folder} is not a whole {family.name} model: {len(missing)} tensors are missing, "
-            f"the first is {missing[0]}."
+            f"{source.folder} is not a whole {family.name} model: it lacks {_and_more(missing)}; download it again."
         )
     foreign = sorted(set(infos) - expected)
     if foreign:
         raise SourceError(
-            f"{source.folder} holds {len(foreign)} tensors that a {family.name} model does not have, the first "
-            f"is {foreign[0]}; config.json gives {dims.layers} layers. Are weights and config.json of one model?"
+            f"{source.folder} holds {_and_more(foreign)}, unknown in a {family.name} model of {dims.layers} layers "
+            "(config.json). Are weights and config.json of one model?"
         )
     return infos
+
+
+def _and_more(names: list[str]) -> str:
+    more = len(names) - 1
+    return names[0] + (f" and {more} more tensor{'s'[: more > 1]}" if more else "")
 
 
 def _dtype_of(config: families.Config) -> str:

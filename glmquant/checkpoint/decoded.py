@@ -60,8 +60,9 @@ class DecodedSource:
                     )
                 if found.shape != tensor.shape or (tensor.dtype[0] == "I" and found.dtype != tensor.dtype):
                     raise SourceError(
-                        f"{tensor.name} in {found.shard} is {found.dtype} {list(found.shape)}; "
-                        f"{weight.scheme} needs {tensor.dtype} {list(tensor.shape)}."
+                        f"{self.folder} says it is quantized ({self._format.name}, {weight.scheme}), but {tensor.name} "
+                        f"in {found.shard} is {found.dtype} {list(found.shape)} and not {tensor.dtype} "
+                        f"{list(tensor.shape)}; the weights and config.json do not belong together."
                     )
             names[name] = tuple(t.name for t in expected)
         return names

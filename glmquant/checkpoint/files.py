@@ -78,11 +78,11 @@ def _from_index(folder: Path, index: str) -> WeightFiles:
     shards = tuple(sorted(set(weight_map.values())))
     for shard in shards:
         check_inside(folder, shard, index)
-        if not (folder / shard).exists():
+        if not _is_file(folder / shard):
             wanted = sum(value == shard for value in weight_map.values())
             raise SourceError(
-                f"shard {shard} is missing from {folder}: {index} expects {wanted} tensors in it; "
-                "download it again."
+                f"shard {shard[:100]!r} is missing from {folder}: {index} expects it to hold {wanted} "
+                f"tensor{'s'[: wanted > 1]}; download it again."
             )
     return WeightFiles(shards, weight_map)
 
@@ -100,7 +100,10 @@ def check_inside(folder: Path, name: str, named_by: str) -> None:
             "Download the checkpoint again from a source you trust."
         )
     root = folder.resolve()
-    target = (root / path).resolve()
+    try:
+        target = (root / path).resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL, a circle of links
+        raise SourceError(f"{named_by} names {name!r}, which no file can be called.") from None
     if target.is_relative_to(root):
         return
     if root.parent.name == "snapshots" and target.is_relative_to(root.parent.parent / "blobs"):
@@ -109,3 +112,29 @@ def check_inside(folder: Path, name: str, named_by: str) -> None:
         f"{folder / name} is a link to {target}, outside the checkpoint folder; "
         "put the file itself there, or pass the folder that holds it."
     )
+
+
+def first_bytes(path: Path) -> bytes:
+    """The beginning of a weight file, which must not be what Git leaves in its place.
+
+    Raises:
+        SourceError: it is a Git LFS pointer, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}.") from None
+    if start.startswith(b"version https://git-lfs"):
+        raise SourceError(
+            f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in {path.parent}, or download the "
+            "model again."
+        )
+    return start
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False

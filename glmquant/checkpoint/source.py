@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 import threading
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import SourceError, UnsafeFileError
-from .files import WeightFiles, find_weights, read_json
+from .files import WeightFiles, find_weights, first_bytes, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -162,6 +162,7 @@ class SafetensorsSource(_FolderSource):
     def _open_shard(self, path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
 
+        first_bytes(path)
         try:
             return safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
@@ -195,35 +196,7 @@ class BinSource(_FolderSource):
     """
 
     def _open_shard(self, path: Path) -> dict[str, torch.Tensor]:
-        import torch
-
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"PK\x03\x04":
-            raise SourceError(
-                f"{path} is not a zip-format torch file: it is damaged, or was written by torch before 1.6. "
-                "Download it again, or use the safetensors files of the same model."
-            )
-        try:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as error:
-            reason = str(error).split("\n\n")[0].split("WeightsUnpickler error:")[-1].strip()
-            raise UnsafeFileError(
-                f"{path} holds more than weights and was refused, nothing in it was run ({reason}); "
-                "use a safetensors version of the model."
-            ) from None
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise SourceError(
-                f"{path} is damaged ({str(error).splitlines()[0]}); download it again."
-            ) from None
-        for name, value in tensors.items() if isinstance(tensors, dict) else [("it", tensors)]:
-            if not (isinstance(name, str) and _is_plain(value)):
-                raise SourceError(
-                    f"{path} is not a plain dictionary of tensors ({name} is a {type(value).__name__}); if it is "
-                    "a training checkpoint, save the model's state_dict and convert that."
-                )
-        assert isinstance(tensors, dict)
-        return tensors
+        return load_bin(path)
 
     def _shard_infos(self, shard: str) -> list[TensorInfo]:
         import torch
@@ -240,6 +213,42 @@ class BinSource(_FolderSource):
         tensor: torch.Tensor = self._handle(self._infos[name].shard)[name]
         # A pickle may hold views, for example a transpose; quantizers expect rows that lie one after the other.
         return (tensor[start:stop] if tensor.dim() else tensor).contiguous()
+
+
+def load_bin(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a zip-format ``.bin`` file, mapped into memory.
+
+    Raises:
+        UnsafeFileError: its pickle asks for anything but tensors; nothing in it is executed.
+        SourceError: it is damaged, or holds something else.
+    """
+    import torch
+
+    if first_bytes(path)[:4] != b"PK\x03\x04":
+        raise SourceError(
+            f"{path} is not a zip-format torch file: it is damaged, or was written by torch before 1.6. "
+            "Download it again, or use the safetensors files of the same model."
+        )
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Of torch's own message nothing is passed on: it tells the reader how to run the code after all.
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        raise UnsafeFileError(
+            f"{path} holds more than weights ({wanted[1] if wanted else 'an unknown instruction'}) and was refused; "
+            "nothing in it was run. Use a safetensors version of the model."
+        ) from None
+    except Exception as error:  # a damaged pickle may end in anything
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise SourceError(f"{path} is damaged ({reason}); download it again.") from None
+    content: dict[Any, Any] = tensors if isinstance(tensors, dict) else {None: tensors}
+    for name, value in content.items():
+        if not (isinstance(name, str) and _is_plain(value)):
+            raise SourceError(
+                f"{path} is not a plain dictionary of tensors (it holds a {type(value).__name__} called {name}); if "
+                "it is a training checkpoint, save the model's state_dict and convert that."
+            )
+    return content
 
 
 def _is_plain(value: object) -> bool:

@@ -56,7 +56,8 @@ class LeastSquares:
         unit = torch.where(upside_down, -largest, largest) / (1 << value_bits)
         values = torch.div(group_view(exact, scheme), divisor(unit)).round_()
         best = self._search(values, scheme, value_bits, chunk_bits)
-        scale = scheme.store_scale(best.nan_to_num_(0.0).float() * unit)
+        # Groups of zeros have no best scale, and may have the unit -0.
+        scale = scheme.store_scale(best.nan_to_num_(0.0).float() * unit + 0.0)
         return QuantizedTensor(round_to_codes(exact, scale, None, scheme), scale, None, scheme)
 
     def _search(self, values: torch.Tensor, scheme: Scheme, value_bits: int, chunk_bits: int) -> torch.Tensor:

@@ -1,0 +1,72 @@
+"""An F16 GGUF of a synthetic checkpoint, for measuring ``llama-quantize`` on the same weights.
+
+Shapes and names are those of llama.cpp's ``chatglm`` architecture; there is no vocabulary, so nothing can be run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from glmquant import families
+from glmquant.checkpoint.source import open_folder
+
+_LAYER_NAMES = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attention.query_key_value.weight": "attn_qkv.weight",
+    "self_attention.query_key_value.bias": "attn_qkv.bias",
+    "self_attention.dense.weight": "attn_output.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.dense_h_to_4h.weight": "ffn_up.weight",
+    "mlp.dense_4h_to_h.weight": "ffn_down.weight",
+}
+_NAMES = {
+    "transformer.embedding.word_embeddings.weight": "token_embd.weight",
+    "transformer.encoder.final_layernorm.weight": "output_norm.weight",
+    "transformer.output_layer.weight": "output.weight",
+}
+
+
+def write(source: Path, out: Path) -> Path:
+    """Write the checkpoint in `source` (float16, original layout) as one GGUF file; returns `out`."""
+    if out.exists():
+        return out
+    checkpoint = open_folder(source)
+    family = families.detect(checkpoint.config)
+    dims = family.dims(checkpoint.config)
+    partial = out.with_name(out.name + ".partial")
+    writer = gguf.GGUFWriter(partial, "chatglm")
+    writer.add_context_length(dims.context)
+    writer.add_embedding_length(dims.hidden)
+    writer.add_feed_forward_length(dims.ffn)
+    writer.add_block_count(dims.layers)
+    writer.add_head_count(dims.heads)
+    writer.add_head_count_kv(dims.kv_heads)
+    writer.add_layer_norm_rms_eps(checkpoint.config["layernorm_epsilon"])
+    writer.add_rope_dimension_count(dims.head_dim // 2)
+    writer.add_vocab_size(dims.vocab)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    named = [(spec.name, _gguf_name(spec.name)) for spec in family.tensors(dims)]
+    kept = [(name, target) for name, target in named if target]
+    for name, target in kept:
+        shape = checkpoint.infos()[name].shape
+        dtype = np.dtype(np.float16 if len(shape) == 2 else np.float32)
+        writer.add_tensor_info(target, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, _ in kept:
+        tensor = checkpoint.read(name)
+        writer.write_tensor_data((tensor if tensor.dim() == 2 else tensor.to(torch.float32)).numpy())
+    writer.close()
+    return partial.rename(out)
+
+
+def _gguf_name(name: str) -> str | None:
+    if name in _NAMES:
+        return _NAMES[name]
+    layer, _, rest = name.removeprefix("transformer.encoder.layers.").partition(".")
+    return f"blk.{layer}.{_LAYER_NAMES[rest]}" if rest in _LAYER_NAMES else None

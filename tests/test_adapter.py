@@ -1,0 +1,280 @@
+"""LoRA adapters written by PEFT, merged on the way, against PEFT's own merge."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_sources import (
+    CHATGLM,
+    CHATGLM2,
+    DOWN,
+    EMBEDDING,
+    HEAD,
+    QKV,
+    Tensors,
+    random_tensors,
+    refused,
+    write_bin,
+    write_json,
+    write_model,
+)
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from glmquant import Recipe, UnsafeFileError, convert
+from glmquant import _quantize as quantize_module
+from glmquant._open import open_source
+
+FUSED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+RENAMED = {
+    "self_attention.dense.": "self_attn.o_proj.",
+    "mlp.dense_h_to_4h.": "mlp.gate_up_proj.",
+    "mlp.dense_4h_to_h.": "mlp.down_proj.",
+    "transformer.encoder.layers.": "model.layers.",
+    "transformer.encoder.final_layernorm.": "model.norm.",
+    "transformer.embedding.word_embeddings.": "model.embed_tokens.",
+    "transformer.output_layer.": "lm_head.",
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 32},
+    "rslora": {"r": 8, "lora_alpha": 12, "use_rslora": True},
+    "rank-pattern": {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {r"layers\.0\.mlp\.d\w*": 2, r"layers\.1\.mlp\..*": 6},
+        "alpha_pattern": {r"layers\.0\.self_att.*": 3, r"layers\.1\.mlp\.(dense_h_to_4h|gate_up_proj)": 5},
+    },
+    "rank-1": {"r": 1, "lora_alpha": 1},
+}
+
+
+def native(tensors: Tensors) -> Tensors:
+    """THUDM's tensors under the names of transformers; q, k and v apart."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.endswith("inv_freq"):
+            continue
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        if "query_key_value" in name:
+            for part, rows in zip("qkv", tensor.split([384, 128, 128]), strict=True):
+                result[name.replace("self_attention.query_key_value", f"self_attn.{part}_proj")] = rows
+        else:
+            result[name] = tensor
+    return result
+
+
+def skeleton(tensors: Tensors) -> nn.Module:
+    """Modules with the names of a checkpoint: all that PEFT looks at."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        if not name.endswith(".weight"):
+            continue
+        *path, last = name.removesuffix(".weight").split(".")
+        parent = root
+        for step in path:
+            if not hasattr(parent, step):
+                parent.add_module(step, nn.Module())
+            parent = parent.get_submodule(step)
+        bias = name.removesuffix("weight") + "bias"
+        if tensor.dim() == 2:
+            leaf: nn.Module = nn.Linear(tensor.shape[1], tensor.shape[0], bias=bias in tensors)
+        else:
+            leaf = nn.LayerNorm(tensor.shape[0], bias=bias in tensors)
+        parent.add_module(last, leaf)
+    root.load_state_dict({n: t for n, t in tensors.items() if not n.endswith("inv_freq")})
+    return root
+
+
+def train(model: nn.Module, config: PeftConfig, folder: Path, *, safe: bool = True, seed: int = 3) -> Tensors:
+    """Give `model` an adapter of random values, save it with PEFT, and return the weights that PEFT merges."""
+    peft = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    peft.save_pretrained(folder, safe_serialization=safe)
+    return {name: tensor.detach().clone() for name, tensor in peft.merge_and_unload().state_dict().items()}
+
+
+def lora(**options: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": FUSED, **options})
+
+
+def close_to(written: Tensors, merged: Tensors) -> None:
+    """Equal but for a rare difference in the last place: PEFT's sums are rounded in the order of its BLAS."""
+    assert set(written) == set(merged)
+    differing = 0
+    for name, tensor in written.items():
+        expected = merged[name].to(tensor.dtype)
+        last_place = (
+            torch.maximum(expected.abs().float(), torch.tensor(2.0**-14)) * torch.finfo(tensor.dtype).eps
+        )
+        assert ((tensor.float() - expected.float()).abs() <= last_place).all(), name
+        differing += int((tensor != expected).sum())
+    assert differing <= 0.001 * sum(tensor.numel() for tensor in merged.values())
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ChatGLM3 as THUDM published it."""
+    return write_model(tmp_path_factory.mktemp("base") / "original", CHATGLM2, random_tensors(CHATGLM2))
+
+
+@pytest.fixture(scope="module")
+def converted(original: Path) -> Path:
+    """The same in the native layout."""
+    out = original.with_name("converted")
+    convert(original, out, Recipe(bits=16))
+    return out
+
+
+@pytest.fixture(params=["original", "converted"])
+def base(request: pytest.FixtureRequest) -> Path:
+    folder = request.getfixturevalue(request.param)
+    assert isinstance(folder, Path)
+    return folder
+
+
+def original_weights() -> Tensors:
+    return {name: tensor.float() for name, tensor in random_tensors(CHATGLM2).items()}
+
+
+@pytest.mark.parametrize(("variant", "safe"), zip(VARIANTS, [True, False, True, False], strict=True))
+def test_an_adapter_for_transformers_glm(
+    variant: str, safe: bool, base: Path, converted: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
+    config = lora(target_modules=SPLIT, task_type="CAUSAL_LM", **VARIANTS[variant])
+    merged = train(model, config, tmp_path / "adapter", safe=safe)
+    convert(base, tmp_path / "out", Recipe(bits=16), adapter=tmp_path / "adapter")
+    close_to(load_file(tmp_path / "out" / "model.safetensors"), merged)
+
+
+@pytest.mark.parametrize(("variant", "safe"), zip(VARIANTS, [True, False, True, False], strict=True))
+def test_an_adapter_for_thudms_code(variant: str, safe: bool, base: Path, tmp_path: Path) -> None:
+    config = lora(**VARIANTS[variant])
+    merged = train(skeleton(original_weights()), config, tmp_path / "adapter", safe=safe)
+    convert(base, tmp_path / "out", Recipe(bits=16), adapter=tmp_path / "adapter")
+    close_to(load_file(tmp_path / "out" / "model.safetensors"), native(merged))
+
+
+def test_the_first_chatglm(tmp_path: Path) -> None:
+    tensors = random_tensors(CHATGLM)
+    config = lora(modules_to_save=["final_layernorm"])
+    merged = train(skeleton({n: t.float() for n, t in tensors.items()}), config, tmp_path / "adapter")
+    folder = write_bin(tmp_path / "model", CHATGLM, tensors)
+    convert(folder, tmp_path / "out", Recipe(bits=16), adapter=tmp_path / "adapter")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    close_to({n: t for n, t in written.items() if not n.endswith("inv_freq")}, merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bases_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    config = {**CHATGLM2, "torch_dtype": str(dtype).removeprefix("torch.")}
+    tensors = random_tensors(config, dtype)
+    merged = train(skeleton({n: t.float() for n, t in tensors.items()}), lora(), tmp_path / "adapter")
+    folder = write_model(tmp_path / "model", config, tensors)
+    convert(folder, tmp_path / "out", Recipe(bits=16), adapter=tmp_path / "adapter")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written["lm_head.weight"].dtype is dtype
+    for name, tensor in native(merged).items():
+        torch.testing.assert_close(written[name].float(), tensor, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_a_quantized_base_is_decoded_before_the_merge(original: Path, tmp_path: Path) -> None:
+    convert(original, tmp_path / "int4", Recipe(format="cpm"))
+    convert(tmp_path / "int4", tmp_path / "decoded", Recipe(bits=16))
+    train(skeleton(original_weights()), lora(), tmp_path / "adapter")
+    for source in ("int4", "decoded"):
+        convert(tmp_path / source, tmp_path / f"{source}-merged", Recipe(), adapter=tmp_path / "adapter")
+    same_weights(tmp_path / "int4-merged", tmp_path / "decoded-merged")
+
+
+def same_weights(first: Path, second: Path) -> None:
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+# The same bytes, however the rows are read.
+
+RECIPES = [Recipe(), Recipe(bits=8, layout="original"), Recipe(format="cpm")]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_merging_on_the_way_is_merging_first(
+    recipe: Recipe, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(skeleton(original_weights()), lora(modules_to_save=["output_layer"]), tmp_path / "adapter")
+    convert(original, tmp_path / "merged", Recipe(bits=16, layout="original"), adapter=tmp_path / "adapter")
+    convert(tmp_path / "merged", tmp_path / "expected", recipe)
+    for task_bytes, workers in ((16 << 20, 1), (1000, 2), (9000, 3)):
+        monkeypatch.setattr(quantize_module, "TASK_BYTES", task_bytes)
+        out = tmp_path / f"out-{workers}"
+        convert(original, out, recipe, adapter=tmp_path / "adapter", workers=workers)
+        same_weights(out, tmp_path / "expected")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_any_rows_are_those_of_the_whole(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = random_tensors(CHATGLM2, dtype)
+    write = write_bin if form == "bin" else write_model
+    folder = write(tmp_path / "model", CHATGLM2, tensors)
+    train(skeleton(original_weights()), lora(modules_to_save=["output_layer"]), tmp_path / "adapter")
+    source = open_source(folder, tmp_path / "adapter").source
+    for name in (QKV, DOWN, HEAD):
+        whole = source.read(name).clone()
+        assert not whole.equal(tensors[name])
+        for start, stop in ((0, 1), (3, 50), (90, None), (5, 5), (0, whole.shape[0])):
+            assert source.read(name, start, stop).equal(whole[start:stop])
+        assert source.read(name).equal(whole)  # reading has not added it to the file's own memory
+    assert source.read(EMBEDDING).equal(tensors[EMBEDDING])
+
+
+def test_the_report_tells_of_the_adapter(original: Path, tmp_path: Path) -> None:
+    train(skeleton(original_weights()), lora(), tmp_path / "adapter")
+    report = convert(original, tmp_path / "out", adapter=tmp_path / "adapter").report
+    assert report["source"]["adapter"] is True
+    assert set(report["source"]["files"]) == {"model.safetensors", "adapter_model.safetensors"}
+
+
+# Modules that were trained whole.
+
+
+@pytest.mark.parametrize("names", ["thudm", "transformers"])
+def test_modules_to_save(names: str, base: Path, tmp_path: Path) -> None:
+    if names == "thudm":
+        saved = ["output_layer", "final_layernorm", "layers.1.self_attention.query_key_value"]
+        model, targets = skeleton(original_weights()), ["dense_h_to_4h"]
+    else:
+        saved = ["lm_head", "norm", "layers.1.self_attn.k_proj"]
+        model, targets = skeleton(native(original_weights())), ["gate_up_proj"]
+    merged = train(model, lora(target_modules=targets, modules_to_save=saved), tmp_path / "adapter")
+    if names == "thudm":
+        merged = native(merged)
+    convert(base, tmp_path / "out", Recipe(bits=16), adapter=tmp_path / "adapter")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    close_to(written, merged)
+    before = native(random_tensors(CHATGLM2))
+    changed = {name for name, tensor in written.items() if not tensor.equal(before[name])}
+    attention = "qkv" if names == "thudm" else "k"
+    assert changed == {
+        "lm_head.weight",
+        "model.norm.weight",
+        *(f"model.layers.{layer}.mlp.gate_up_proj.weight" for layer in (0, 1)),
+        *(
+            f"model.layers.1.self_attn.{part}_proj.{kind}"
+            for part in attention
+            for kind in ("weight", "bias")
+        ),
+    }
