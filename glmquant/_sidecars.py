@@ -13,6 +13,7 @@ from typing import Any
 
 from . import families, formats
 from .checkpoint.files import check_inside, read_json
+from .formats import StoredWeight
 from .plan import Plan
 
 _CARRIED = (
@@ -61,7 +62,10 @@ def output_config(source_config: Mapping[str, Any], plan: Plan) -> dict[str, Any
             # What vLLM and SGLang look for.
             config["architectures"] = ["ChatGLMModel"]
             config["original_rope"] = config.get("original_rope", True)
-    config.update(formats.get(str(plan.recipe.format)).config(plan))
+    items = list(plan.items)
+    weights = [StoredWeight(i.name, i.scheme, (i.shape[0], i.shape[1]), i.role) for i in items if i.scheme]
+    left = [i.name.removesuffix(".weight") for i in items if i.role is families.Role.HEAD and not i.scheme]
+    config.update(formats.get(str(plan.recipe.format)).config(plan.recipe, family, weights, left))
     return config
 
 

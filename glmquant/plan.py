@@ -141,15 +141,13 @@ def resolve_recipe(recipe: Recipe, family: Family) -> tuple[Recipe, Format]:
     Raises:
         UsageError: naming the nearest combination that works.
     """
-    name = recipe.format or ("safetensors" if recipe.bits == 16 else None)
-    if name is None:
-        name = "compressed-tensors" if "native" in family.layouts else "cpm"
+    name = recipe.format or ("safetensors" if recipe.bits == 16 else _default_format(family))
     fmt = formats.get(name)
     if recipe.bits == 16 and name != "safetensors":
         raise UsageError(f"--bits 16 goes with --format safetensors, not {name}.")
     if recipe.bits != 16 and name == "safetensors":
         raise UsageError(
-            f"--format safetensors holds 16 bit only; for --bits {recipe.bits} use --format compressed-tensors."
+            f"--format safetensors holds 16 bit only; for --bits {recipe.bits} use --format {_default_format(family)}."
         )
     fmt.check(recipe, family)
     possible = [layout for layout in fmt.abilities.layouts if layout in family.layouts]
@@ -188,6 +186,11 @@ def resolve_recipe(recipe: Recipe, family: Family) -> tuple[Recipe, Format]:
         quantize_embeddings=recipe.quantize_embeddings,
         max_shard_size=recipe.max_shard_size,
     ), fmt
+
+
+def _default_format(family: Family) -> str:
+    # Engines read compressed-tensors only of models they have a class for.
+    return "compressed-tensors" if "native" in family.layouts else "cpm"
 
 
 def make_plan(source: TensorSource, recipe: Recipe) -> Plan:
@@ -338,4 +341,7 @@ def _notes(family: Family, recipe: Recipe) -> Iterator[str]:
     if recipe.format == "compressed-tensors" and recipe.layout == "native":
         yield "transformers unpacks compressed-tensors weights to 16 bit at first use; vLLM keeps them packed."
     if recipe.format == "compressed-tensors" and recipe.quantize_embeddings:
-        yield "transformers reads 8-bit embeddings; vLLM does not."
+        yield (
+            "transformers loads 8-bit embeddings only with --bits 8 --quantize-head (one scheme for everything); "
+            "vLLM does not read them."
+        )

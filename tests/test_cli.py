@@ -58,7 +58,7 @@ def the_error(result: Result, status: int = 2) -> str:
     """The one sentence that went to stderr."""
     assert result.exit_code == status
     assert result.stdout == ""
-    assert re.fullmatch(r"glmquant: [^\n]+[.?]\n", result.stderr), result.stderr
+    assert re.fullmatch(r"glmquant: [^\n]+[.?)]\n", result.stderr), result.stderr
     return result.stderr.removeprefix("glmquant: ").strip()
 
 

@@ -210,18 +210,11 @@ ONE_WRONG = [
     ("ChatGLM-6B", {"layout": "native"}),
     ("ChatGLM-6B", {"bits": 16, "layout": "native"}),
     ("ChatGLM-6B", {"quantize_head": True}),
+    ("ChatGLM-6B", {"format": "safetensors"}),
     ("GLM-4-9B-hf", {"format": "cpm"}),
     ("GLM-4-9B-hf", {"layout": "original"}),
     ("GLM-4-9B-hf", {"bits": 16, "layout": "original"}),
 ]
-V1_FORMAT = pytest.param(
-    "ChatGLM-6B",
-    {"format": "safetensors"},
-    id="ChatGLM-6B-format=safetensors",
-    marks=pytest.mark.xfail(
-        reason="resolve_recipe advises compressed-tensors, which ChatGLM-6B cannot have", strict=True
-    ),
-)
 
 
 def _id(model: str, choices: dict[str, Any]) -> str:
@@ -230,7 +223,7 @@ def _id(model: str, choices: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(
     ("model", "choices"),
-    [*(pytest.param(m, c, id=_id(m, c)) for m, c in ONE_WRONG), V1_FORMAT],
+    [*(pytest.param(m, c, id=_id(m, c)) for m, c in ONE_WRONG)],
 )
 def test_one_wrong_choice_is_put_right_by_any_of_the_advice(
     sources: dict[str, TensorSource], model: str, choices: dict[str, Any]

@@ -139,7 +139,9 @@ def weights(files: dict[str, bytes]) -> list[bytes]:
 @pytest.fixture(scope="module")
 def out(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "out"
-    glmquant.convert(source, out, RECIPES["mse"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("glmquant._quantize.TASK_BYTES", 1 << 17)  # several for most tensors
+        glmquant.convert(source, out, RECIPES["mse"])
     return out
 
 
@@ -213,6 +215,7 @@ def test_report_errors(source: Path, out: Path) -> None:
         error = float((codes * scale - weight).norm() / weight.norm())
         assert entries[name]["relative_error"] == pytest.approx(error, rel=2e-6)
         assert entries[name]["scheme"] == "int4 g128"
+        assert len(f"{entries[name]['relative_error']:.15g}") <= len("0.0123456")  # the rest is the machine's
     errors = {name + ".weight": entry["relative_error"] for name, entry in entries.items()}
     summary = report["summary"]
     assert summary["worst_relative_error"] == max(errors.values()) == errors[summary["worst_tensor"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from helpers_formats import QUICK, WEIGHT_KINDS, random_weight
@@ -14,6 +16,15 @@ from glmquant.quantizers.mse import _budget, _fit
 from glmquant.scheme import QuantizedTensor, Scheme
 
 GROUPS = {"g32": 32, "g128": 128, "row": None}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in a conversion: on blocks as small as these, threads of torch only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def group_errors(weight: Tensor, found: QuantizedTensor) -> Tensor:
@@ -38,22 +49,20 @@ def exhaustive_errors(weight: Tensor, scheme: Scheme, ranges: int = 200) -> Tens
     return best
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)
-def test_error_of_a_tensor_is_below_that_of_rtn(
-    kind: str, bits: int, group: str, symmetric: bool, dtype: str
-) -> None:
-    weight = random_weight(kind, 64, 512, getattr(torch, dtype))
-    scheme = Scheme(bits, GROUPS[group], symmetric, dtype)  # type: ignore[arg-type]
-    ours = group_errors(weight, LeastSquares()(weight, scheme)).sum()
-    theirs = group_errors(weight, RoundToNearest()(weight, scheme)).sum()
-    if bits == 4:  # what the search is for; the figures of its description are 25 to 50 % (symmetric)
-        assert ours < theirs * (0.75 if symmetric else 0.97)
-    else:
-        assert ours < theirs * (1 if symmetric else 1.001)
+def test_error_of_a_tensor_is_below_that_of_rtn(kind: str, bits: int, group: str, symmetric: bool) -> None:
+    for dtype in ("float16", "bfloat16"):
+        weight = random_weight(kind, 64, 512, getattr(torch, dtype))
+        scheme = Scheme(bits, GROUPS[group], symmetric, dtype)
+        ours = group_errors(weight, LeastSquares()(weight, scheme)).sum()
+        theirs = group_errors(weight, RoundToNearest()(weight, scheme)).sum()
+        if bits == 4:  # what the search is for: a quarter to a half of the error, symmetric
+            assert ours < theirs * (0.75 if symmetric else 0.97)
+        else:
+            assert ours < theirs * (1 if symmetric else 1.001)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -67,12 +76,6 @@ def test_error_of_an_asymmetric_group_is_at_most_that_of_rtn(kind: str, group: s
     assert bool((ours <= theirs * 1.003).all())
 
 
-NOT_TRIED = (
-    "LeastSquares.window starts at 2: where a range within it is best, rtn's own (step 0) is never tried"
-)
-
-
-@pytest.mark.xfail(reason=NOT_TRIED, strict=True)
 @pytest.mark.parametrize("group", ["g32", "g128"])
 def test_error_of_a_symmetric_group_is_at_most_that_of_rtn(group: str) -> None:
     scheme = Scheme(4, GROUPS[group], scale_dtype="float32")
@@ -83,7 +86,6 @@ def test_error_of_a_symmetric_group_is_at_most_that_of_rtn(group: str) -> None:
         assert bool((ours <= theirs * 1.0001).all()), kind
 
 
-@pytest.mark.xfail(reason=NOT_TRIED, strict=True)
 def test_weights_on_a_grid_stay_there() -> None:
     """What converting a published INT4 checkpoint meets: rows that some scale represents exactly."""
     generator = torch.Generator().manual_seed(0)
@@ -126,15 +128,15 @@ def sums(draw: st.DrawFn) -> tuple[Scheme, Tensor, Tensor, int]:
     largest_code = 1 << (bits - 1) if symmetric else (1 << bits) - 1
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shape = (3, width)
-    if draw(st.booleans()):  # all at their limits, of one sign: the largest sums there are
+    limit = 1 << value_bits
+    if draw(st.booleans()):  # near their limits and of one sign: the largest sums, down to their last bit
         sign = draw(st.sampled_from([1, -1]))
-        codes = torch.full(shape, largest_code)
-        values = torch.full(shape, sign << value_bits)
+        codes = largest_code - torch.randint(0, 2, shape, generator=generator)
+        values = sign * (limit - torch.randint(0, 4, shape, generator=generator))
     else:
         codes = torch.randint(-largest_code, largest_code + 1, shape, generator=generator)
-        limit = 1 << value_bits
         values = torch.randint(-limit, limit + 1, shape, generator=generator)
-        codes[:, 0] = largest_code
+    codes[:, 0] = largest_code
     return scheme, codes, values, chunk_bits
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     glmquant.convert(source, out, SMALL_SHARDS)
+    shards = [f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)]
+    others = [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "quantization_report.json",
+    ]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*shards, *others])  # no lock, no journal
     return content(out)
 
 
@@ -87,6 +95,14 @@ def test_folder_in_the_way_of_the_partial_one_is_left_alone(source: Path, tmp_pa
     with pytest.raises(OutputError, match=r"out\.partial is where .* it holds something else"):
         glmquant.convert(source, tmp_path / "out")
     assert content(tmp_path) == {"out.partial/thesis.txt": b"mine"}
+
+
+def test_source_with_the_name_of_the_partial_folder_survives(source: Path, tmp_path: Path) -> None:
+    glmquant.convert(source, partial_of(tmp_path / "out"), Recipe(bits=16))
+    before = content(tmp_path)
+    with pytest.raises(OutputError):
+        glmquant.convert(partial_of(tmp_path / "out"), tmp_path / "out")
+    assert content(tmp_path) == before
 
 
 def test_mount_point_is_refused_at_once(source: Path, tmp_path: Path) -> None:
@@ -141,12 +157,34 @@ def test_old_content_can_be_read_until_the_swap(source: Path, tmp_path: Path) ->
     assert content(out) != old
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs renameat2")
-def test_there_is_no_moment_without_out(source: Path, tmp_path: Path) -> None:
+def can_exchange(folder: Path) -> bool:
+    """Whether the system and the file system swap two folders in one step."""
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    try:
+        rename = ctypes.CDLL(None).renameat2
+        return bool(rename(-100, os.fsencode(folder / "a"), -100, os.fsencode(folder / "b"), 2) == 0)
+    except (AttributeError, OSError, TypeError):
+        return False
+    finally:
+        (folder / "a").rmdir()
+        (folder / "b").rmdir()
+
+
+def test_there_is_no_moment_without_out(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_exchange(tmp_path):
+        pytest.skip("this file system cannot swap folders")
     out = tmp_path / "out"
     recipes = [Recipe(bits=8, method="rtn"), Recipe(bits=4, method="rtn")]
     glmquant.convert(source, out, recipes[0])
-    seen, missing, done = set(), 0, threading.Event()
+    seen, renamed, missing, done = set(), [], 0, threading.Event()
+    rename = os.rename
+
+    def log_rename(before: Any, after: Any) -> None:
+        renamed.append(Path(before))
+        rename(before, after)
 
     def watch() -> None:
         nonlocal missing
@@ -156,6 +194,7 @@ def test_there_is_no_moment_without_out(source: Path, tmp_path: Path) -> None:
             except FileNotFoundError:
                 missing += 1
 
+    monkeypatch.setattr(os, "rename", log_rename)
     watcher = threading.Thread(target=watch)
     watcher.start()
     for recipe in [*recipes[::-1], *recipes[::-1]]:
@@ -163,6 +202,7 @@ def test_there_is_no_moment_without_out(source: Path, tmp_path: Path) -> None:
     done.set()
     watcher.join()
     assert missing == 0
+    assert out not in renamed  # it was swapped, it did not step aside
     assert len(seen) == 2  # the old and the new, never a half
 
 
@@ -175,8 +215,8 @@ def test_failed_conversion_keeps_the_old_content(source: Path, tmp_path: Path) -
     assert content(out) == old
 
 
-def test_failed_swap_keeps_the_old_content(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_failed_swap_keeps_both(
+    source: Path, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     glmquant.convert(source, out, Recipe(bits=8))
@@ -195,6 +235,13 @@ def test_failed_swap_keeps_the_old_content(
     ):
         glmquant.convert(source, out, SMALL_SHARDS, force=True)
     assert content(out) == old
+    monkeypatch.undo()
+    # What is whole is not taken for leftovers, and can be had with mv.
+    with pytest.raises(OutputError, match=r"out\.partial is where .* it holds a whole model; move it away"):
+        glmquant.convert(source, out, SMALL_SHARDS, force=True)
+    shutil.rmtree(out)
+    partial_of(out).rename(out)
+    assert content(out) == undisturbed
 
 
 def test_out_that_appears_meanwhile_is_not_replaced(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +22,15 @@ DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.fl
 GROUPS = {"g32": 32, "g64": 64, "g128": 128, "row": None}
 SIDES = {"symmetric": True, "asymmetric": False}
 METHODS = {"rtn": RoundToNearest(), "mse": LeastSquares()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in a conversion: on blocks as small as these, threads of torch only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def stress_weight(dtype: torch.dtype, columns: int = 256) -> Tensor:

@@ -87,7 +87,7 @@ class OutputFolder:
     ) -> None:
         if kind is not None and not self.finished:
             # Nothing in it is worth resuming. Removed under the lock: a moment later it may be somebody else's.
-            _remove(self.partial, last=_LOCK)
+            _remove(self.partial)
         self._lock.release()
 
     def _check_partial(self) -> None:
@@ -95,9 +95,10 @@ class OutputFolder:
         if not self.partial.is_dir():
             return
         found = {path.name for path in self.partial.iterdir()}
-        if found and found.isdisjoint({_LOCK, _JOURNAL, REPORT}):
+        if found and found.isdisjoint({_LOCK, _JOURNAL}):
+            what = "a whole model" if REPORT in found else "something else"
             raise OutputError(
-                f"{self.partial} is where {self.out} would be written, and it holds something else; "
+                f"{self.partial} is where {self.out} would be written, and it holds {what}; "
                 "move it away or choose another OUT."
             )
 
@@ -152,6 +153,9 @@ class OutputFolder:
             else:
                 self.partial.rename(self.out)
         except OSError as error:
+            (self.partial / _LOCK).unlink(
+                missing_ok=True
+            )  # without it, nobody takes the folder for leftovers
             raise OutputError(
                 f"cannot rename {self.partial} to {self.out} ({error.strerror}); the converted model is whole "
                 "and stays there under its temporary name."
@@ -159,7 +163,9 @@ class OutputFolder:
         (self.out / _LOCK).unlink(missing_ok=True)
         _sync_folder(self.out.parent)
         if old is not None:
-            _remove(old, last=REPORT)
+            with suppress(OSError):
+                (old / _LOCK).touch()  # leftovers now, should this be the end
+            _remove(old)
 
 
 def check_out(out: Path, *, force: bool) -> None:
@@ -228,10 +234,10 @@ def _empty(folder: Path, keep: Collection[str]) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _remove(folder: Path, last: str) -> None:
-    """Remove a folder as far as possible; `last` goes last, so that half of it is still known for ours."""
+def _remove(folder: Path) -> None:
+    """Remove a folder as far as possible; the lock file goes last, so that half of it is still known for ours."""
     with suppress(OSError):
-        _empty(folder, keep={last})
+        _empty(folder, keep={_LOCK})
     shutil.rmtree(folder, ignore_errors=True)
 
 

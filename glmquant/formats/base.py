@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..checkpoint.sink import StoredTensor
 from ..errors import UsageError
+from ..families import Role
 from ..recipe import Group, Recipe
 from ..scheme import QuantizedTensor, Scheme
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..families import Dims, Family
-    from ..plan import Plan
 
 ROW: Group = "row"
 
@@ -38,6 +38,7 @@ class StoredWeight:
     name: str
     scheme: Scheme
     shape: tuple[int, int]
+    role: Role = Role.LINEAR
 
 
 class Format(Protocol):
@@ -71,8 +72,10 @@ class Format(Protocol):
     def decode(self, stored: Mapping[str, torch.Tensor], weight: StoredWeight) -> QuantizedTensor:
         """The inverse of `encode`, for whole weights or any rows that `encode` could have been given."""
 
-    def config(self, plan: Plan) -> dict[str, Any]:
-        """What ``config.json`` gains."""
+    def config(
+        self, recipe: Recipe, family: Family, weights: Sequence[StoredWeight], left: Sequence[str]
+    ) -> dict[str, Any]:
+        """What ``config.json`` gains: `weights` are quantized, the linear modules `left` stay as they are."""
 
     def quantized(self, config: Mapping[str, Any], family: Family, dims: Dims) -> list[StoredWeight]:
         """The quantized weights that a checkpoint with this ``config.json`` holds."""

@@ -10,11 +10,12 @@ For a weight [out, in] of b bits:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.sink import StoredTensor
 from ..errors import SourceError, UsageError
+from ..families import Role
 from ..recipe import Recipe
 from ..scheme import QuantizedTensor, Scheme
 from .base import Abilities, StoredWeight
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..families import Dims, Family
-    from ..plan import Item, Plan
 
 _SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _STORED_DTYPES = {value: key for key, value in _SCALE_DTYPES.items()}
@@ -95,17 +95,13 @@ class CompressedTensors:
             zero_point = unpack_int32(packed, scheme.bits, codes.shape[0]).t()
         return QuantizedTensor(codes, stored[name + "_scale"], zero_point, scheme)
 
-    def config(self, plan: Plan) -> dict[str, Any]:
+    def config(
+        self, recipe: Recipe, family: Family, weights: Sequence[StoredWeight], left: Sequence[str]
+    ) -> dict[str, Any]:
         """See `Format`."""
-        from ..families import Role
-
-        schemes: dict[Scheme, list[Item]] = {}
-        ignore = []
-        for item in plan.items:
-            if item.scheme is not None:
-                schemes.setdefault(item.scheme, []).append(item)
-            elif item.role is Role.HEAD:
-                ignore.append(item.name.removesuffix(".weight"))
+        schemes: dict[Scheme, list[StoredWeight]] = {}
+        for weight in weights:
+            schemes.setdefault(weight.scheme, []).append(weight)
         groups = {}
         # The scheme of most weights gets the class as its target. Everything else is named: other schemes, the
         # embedding (no Linear), and the head (no Linear in vLLM). Named groups go first, because compressed-tensors
@@ -114,9 +110,9 @@ class CompressedTensors:
         for number, scheme in enumerate(ordered):
             most = number == len(ordered) - 1
             names = sorted(
-                item.name.removesuffix(".weight")
-                for item in schemes[scheme]
-                if not most or item.role is not Role.LINEAR
+                weight.name.removesuffix(".weight")
+                for weight in schemes[scheme]
+                if not most or weight.role is not Role.LINEAR
             )
             groups[f"group_{number}"] = {
                 "targets": [*names, "Linear"] if most else names,
@@ -128,20 +124,25 @@ class CompressedTensors:
                     "group_size": scheme.group_size,
                 },
             }
+        section: dict[str, Any] = {}
+        embedding = any(weight.role is Role.EMBEDDING for weight in weights)
+        if any(not scheme.symmetric for scheme in schemes) or (embedding and len(schemes) == 1 and not left):
+            # transformers 5.23 with compressed-tensors 0.20 can read packed zero points and quantized embeddings
+            # only in this mode, which unpacks while loading instead of at first use, and knows only one scheme.
+            section["dequantize"] = True
         return {
             "quantization_config": {
+                **section,
                 "quant_method": "compressed-tensors",
                 "format": "pack-quantized",
                 "quantization_status": "compressed",
-                "ignore": ignore,
+                "ignore": list(left),
                 "config_groups": groups,
             }
         }
 
     def quantized(self, config: Mapping[str, Any], family: Family, dims: Dims) -> list[StoredWeight]:
         """See `Format`. Understands the configurations that `config` writes."""
-        from ..families import Role
-
         section = _section(config)
         if section.get("format") != "pack-quantized":
             raise SourceError(
@@ -166,7 +167,9 @@ class CompressedTensors:
             if tensor.role in (Role.LINEAR, Role.HEAD) and module not in ignored:
                 named = named or by_target.get("Linear")
             if named is not None:
-                found.append(StoredWeight(tensor.name, named, (tensor.shape[0], tensor.shape[1])))
+                found.append(
+                    StoredWeight(tensor.name, named, (tensor.shape[0], tensor.shape[1]), tensor.role)
+                )
         return found
 
 

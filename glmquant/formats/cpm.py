@@ -11,7 +11,7 @@ ChatGLM-6B may also quantize its embedding and (tied, stored twice) head in this
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.sink import StoredTensor
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..families import Dims, Family
-    from ..plan import Plan
 
 
 class Cpm:
@@ -92,11 +91,13 @@ class Cpm:
             codes = unpack_nibbles_high_first(codes)
         return QuantizedTensor(codes, stored[weight.name + "_scale"].unsqueeze(1), None, weight.scheme)
 
-    def config(self, plan: Plan) -> dict[str, Any]:
+    def config(
+        self, recipe: Recipe, family: Family, weights: Sequence[StoredWeight], left: Sequence[str]
+    ) -> dict[str, Any]:
         """See `Format`."""
-        extra: dict[str, Any] = {"quantization_bit": plan.recipe.bits}
-        if plan.family == "chatglm":
-            extra["quantization_embeddings"] = plan.recipe.quantize_embeddings
+        extra: dict[str, Any] = {"quantization_bit": recipe.bits}
+        if family.name == "chatglm":
+            extra["quantization_embeddings"] = recipe.quantize_embeddings
         return extra
 
     def quantized(self, config: Mapping[str, Any], family: Family, dims: Dims) -> list[StoredWeight]:
@@ -108,7 +109,7 @@ class Cpm:
         if config.get("quantization_embeddings"):
             roles |= {Role.EMBEDDING, Role.HEAD}
         return [
-            StoredWeight(spec.name, scheme, (spec.shape[0], spec.shape[1]))
+            StoredWeight(spec.name, scheme, (spec.shape[0], spec.shape[1]), spec.role)
             for spec in family.tensors(dims)
             if spec.role in roles
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.sink import StoredTensor
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..families import Dims, Family
-    from ..plan import Plan
 
 
 class Plain:
@@ -56,7 +55,9 @@ class Plain:
         """See `Format`; never used."""
         raise AssertionError("plain checkpoints hold no quantized weights")
 
-    def config(self, plan: Plan) -> dict[str, Any]:
+    def config(
+        self, recipe: Recipe, family: Family, weights: Sequence[StoredWeight], left: Sequence[str]
+    ) -> dict[str, Any]:
         """See `Format`."""
         return {}
 

@@ -35,12 +35,12 @@ class LeastSquares:
     Attributes:
         step: distance between the clipping ranges that are tried, relative to the range in which the extreme
             weight just gets code ``qmin``.
-        window: which steps below the whole range are tried for every group; where the best one lies at an end
-            of this window, the search goes on beyond it.
+        candidates: how many ranges are tried for every group, from the grid of rtn downwards. Where the last one
+            is the best, the search goes on beyond it.
     """
 
     step: float = 0.05
-    window: tuple[int, int] = (2, 7)
+    candidates: int = 7
 
     def __call__(
         self, weight: torch.Tensor, scheme: Scheme, statistics: torch.Tensor | None = None
@@ -85,11 +85,12 @@ class LeastSquares:
 
         flat = values.view(-1, values.shape[-1])
         codes, scratch = torch.empty_like(flat), torch.empty_like(flat)
-        first, last = self.window[0], min(self.window[1], len(inverses))
         multipliers = torch.tensor(inverses)
-        quality, scale = judge(flat, multipliers[first], codes, scratch)
-        winner = torch.full_like(quality, first, dtype=torch.int32)
-        for index in range(first + 1, last):
+        last = min(self.candidates, len(inverses))
+        # Step 0, the grid of rtn, is among them: no group comes out worse than by rtn.
+        quality, scale = judge(flat, multipliers[0], codes, scratch)
+        winner = torch.zeros_like(quality, dtype=torch.int32)
+        for index in range(1, last):
             new_quality, new_scale = judge(flat, multipliers[index], codes, scratch)
             better = new_quality > quality
             torch.maximum(quality, new_quality, out=quality)
@@ -110,9 +111,6 @@ class LeastSquares:
             scale[going] = scales[better].gather(1, at.unsqueeze(1)).squeeze(1)
             return going[at == stop - start - 1]
 
-        going = (winner == first).nonzero().squeeze(1)
-        if first > 0 and len(going):
-            try_beyond(going, 0, first)
         # Heavy tails and long rows want still smaller ranges.
         going = (winner == last - 1).nonzero().squeeze(1)
         while len(going) and last < len(inverses):
@@ -138,7 +136,7 @@ class LeastSquares:
         codes, products = torch.empty_like(values), torch.empty_like(values)
         quality = torch.full_like(low, -1.0, dtype=torch.float64)
         scale = torch.zeros_like(quality)
-        for index in range(self.window[1] + 1):
+        for index in range(self.candidates + 1):
             inverse = levels / ((1 - index * self.step) * (1 << value_bits))
             torch.mul(values, inverse, out=codes).round_()
             torch.minimum(codes, above, out=codes)
