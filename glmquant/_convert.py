@@ -235,11 +235,16 @@ def _whole_shards(output: OutputFolder, plan: Plan) -> dict[str, Any]:
 
 
 def _check_places(opened: OpenedSource, out: Path) -> None:
-    source, target = opened.folder.resolve(), out.resolve()
-    if target == source or target.is_relative_to(source):
-        raise OutputError(f"OUT {out} is inside the source {opened.folder}; choose a folder elsewhere.")
-    if source.is_relative_to(target):
-        raise OutputError(f"the source {opened.folder} is inside OUT {out}; choose another OUT.")
+    """Refuse an OUT that contains what is read, or lies in it: --force would delete it."""
+    target = out.resolve()
+    for what, folder in (("source", opened.folder), ("adapter", opened.adapter)):
+        if folder is None:
+            continue
+        read = folder.resolve()
+        if target.is_relative_to(read):
+            raise OutputError(f"OUT {out} is inside the {what} {folder}; choose a folder elsewhere.")
+        if read.is_relative_to(target):
+            raise OutputError(f"the {what} {folder} is inside OUT {out}; choose another OUT.")
 
 
 def _check_room(plan: Plan, finished: dict[str, Any], folder: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_sources import (
     refused,
     tiny_model,
 )
+from safetensors.torch import save_file
 
+import glmquant
 from glmquant import (
     OutputError,
     Recipe,
@@ -105,8 +107,28 @@ def test_an_empty_out_is_no_obstacle(tmp_path: Path, out: Path) -> None:
     assert (out / "config.json").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_out_cannot_be_written(tmp_path: Path) -> None:
-    folder = tiny_model(tmp_path)
-    (tmp_path / "closed").mkdir(mode=0o500)
-    refused(folder, tmp_path / "closed" / "out", "cannot write", error=OutputError)
+def test_out_below_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    refused(tiny_model(tmp_path), file / "out", "cannot write", str(file), error=OutputError)
+    assert file.read_text() == "precious"
+
+
+def test_out_and_adapter_may_not_lie_in_each_other(tmp_path: Path) -> None:
+    """With force, an adapter inside OUT would be deleted together with the old OUT."""
+    source = Path(__file__).parent / "golden/chatglm3-6b/tiny/bin-fp16"
+    out = tmp_path / "out"
+    glmquant.convert(source, out, glmquant.Recipe(bits=16))
+    adapter = out / "adapter"
+    adapter.mkdir()
+    weight = "base_model.model.transformer.encoder.layers.0.self_attention.dense"
+    save_file(
+        {f"{weight}.lora_A.weight": torch.ones(2, 64), f"{weight}.lora_B.weight": torch.ones(64, 2)},
+        adapter / "adapter_model.safetensors",
+    )
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    with pytest.raises(glmquant.OutputError, match="the adapter .* is inside OUT"):
+        glmquant.convert(source, out, glmquant.Recipe(bits=16), adapter=adapter, force=True)
+    assert adapter.exists()
+    with pytest.raises(glmquant.OutputError, match="is inside the adapter"):
+        glmquant.convert(source, adapter / "new", glmquant.Recipe(bits=16), adapter=adapter)

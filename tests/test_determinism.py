@@ -25,6 +25,7 @@ from glmquant.checkpoint.output import REPORT
 
 # Large enough for several tasks per tensor and several tensors per shard of the source.
 SIZES = {"layers": 3, "hidden": 512, "ffn": 1280, "vocab": 1024}
+TASK_BYTES = 1 << 17  # small tensors in several pieces, as large ones come
 RECIPES = {
     "mse": Recipe(max_shard_size=2_000_000),
     "rtn": Recipe(method="rtn", group_size=32, quantize_head=True, quantize_embeddings=True),
@@ -56,8 +57,7 @@ def report_of(out: Path) -> dict[str, Any]:
 def test_workers_do_not_matter(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    # Tensors of this size in many pieces, which the largest real ones come in.
-    monkeypatch.setattr("glmquant._quantize.TASK_BYTES", 1 << 17)
+    monkeypatch.setattr("glmquant._quantize.TASK_BYTES", TASK_BYTES)
     one = converted(source, tmp_path / "1", RECIPES[name], workers=1)
     for workers in (2, 3, 5):
         assert converted(source, tmp_path / str(workers), RECIPES[name], workers=workers) == one
@@ -140,7 +140,7 @@ def weights(files: dict[str, bytes]) -> list[bytes]:
 def out(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("glmquant._quantize.TASK_BYTES", 1 << 17)  # several for most tensors
+        patch.setattr("glmquant._quantize.TASK_BYTES", TASK_BYTES)
         glmquant.convert(source, out, RECIPES["mse"])
     return out
 
@@ -168,7 +168,10 @@ def test_report_says_what_was_done_with_what(out: Path) -> None:
     assert report["recipe"]["group_size"] == 128
 
 
-def test_report_recipe_makes_the_same_bytes(source: Path, out: Path, tmp_path: Path) -> None:
+def test_report_recipe_makes_the_same_bytes(
+    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmquant._quantize.TASK_BYTES", TASK_BYTES)
     assert converted(source, tmp_path / "again", Recipe(**report_of(out)["recipe"])) == content(out)
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_convert import (
     SMALL_SHARDS,
     content,
@@ -24,6 +25,7 @@ from helpers_convert import (
     start_cli,
     wait_until,
 )
+from safetensors.torch import save_file
 
 import glmquant
 from glmquant import OutputError, Recipe
@@ -242,6 +244,23 @@ def test_changed_source_is_not_resumed(small: Path, tmp_path: Path, change: str)
         glmquant.convert(source, out, SMALL_SHARDS, resume=True)
     glmquant.convert(source, out, SMALL_SHARDS)
     assert glmquant.verify(out, source).ok
+
+
+@pytest.mark.xfail(reason="the digest of what is resumed leaves out adapter_config.json", strict=True)
+def test_changed_adapter_is_not_resumed(small: Path, tmp_path: Path) -> None:
+    """The same low-rank matrices, scaled differently."""
+    adapter, out = tmp_path / "lora", tmp_path / "out"
+    adapter.mkdir()
+    module = "base_model.model.transformer.encoder.layers.0.self_attention.dense."
+    matrices = {module + "lora_A.weight": torch.ones(4, 128), module + "lora_B.weight": torch.ones(128, 4)}
+    save_file(matrices, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(RuntimeError, match="stop"):
+        glmquant.convert(small, out, SMALL_SHARDS, adapter=adapter, progress=fail_late)
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 16}))
+    with pytest.raises(OutputError, match="or from another source"):
+        glmquant.convert(small, out, SMALL_SHARDS, adapter=adapter, resume=True)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "gone"])

@@ -41,7 +41,12 @@ def detect(config: Mapping[str, Any]) -> Format:
         if candidate.detect(config):
             return candidate
     section = config.get("quantization_config")
-    method = section.get("quant_method") if isinstance(section, Mapping) else section
+    found = section if isinstance(section, Mapping) else {}
+    method = found.get("quant_method")
+    if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        method = "bitsandbytes"  # which did not name itself in its first years
+    how = f"with {method}" if method else f"in an unknown way (quantization_config {section!r})"
     raise QuantizedSourceError(
-        f"the checkpoint is quantized with {method!r}, which glmquant cannot read; use its 16-bit original."
+        f"config.json says that the checkpoint is quantized {how}, which glmquant cannot read; "
+        "use its 16-bit original."
     )

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.sink import StoredTensor
-from ..errors import UsageError
+from ..errors import SourceError, UsageError
 from ..recipe import Recipe
 from ..scheme import QuantizedTensor, Scheme
 from .base import Abilities, StoredWeight, resolve_scheme
@@ -104,7 +104,10 @@ class Cpm:
         """See `Format`."""
         from ..families import Role
 
-        scheme = Scheme(bits=int(config["quantization_bit"]), scale_dtype="float16")
+        bits = config["quantization_bit"]
+        if bits not in (4, 8):
+            raise SourceError(f"config.json has quantization_bit {bits!r}; THUDM's checkpoints have 4 or 8.")
+        scheme = Scheme(bits=bits, scale_dtype="float16")
         roles = {Role.LINEAR}
         if config.get("quantization_embeddings"):
             roles |= {Role.EMBEDDING, Role.HEAD}
