@@ -127,7 +127,7 @@ def test_out_and_adapter_may_not_lie_in_each_other(tmp_path: Path) -> None:
         adapter / "adapter_model.safetensors",
     )
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
-    with pytest.raises(glmquant.OutputError, match="the adapter .* is inside OUT"):
+    with pytest.raises(glmquant.OutputError, match=r"the adapter .* is inside OUT"):
         glmquant.convert(source, out, glmquant.Recipe(bits=16), adapter=adapter, force=True)
     assert adapter.exists()
     with pytest.raises(glmquant.OutputError, match="is inside the adapter"):
