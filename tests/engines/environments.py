@@ -86,7 +86,7 @@ class Environment:
 
     def _build(self, folder: Path, say: Say) -> None:
         say(f"building an environment for {self.name} in {self.folder}; takes minutes, once")
-        venv.create(folder, with_pip=True)
+        venv.create(folder, symlinks=True, with_pip=True)
         python = folder / "bin" / "python"
         held = folder / "held.txt"
         held.write_text("\n".join(self.first) + "\n")

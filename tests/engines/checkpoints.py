@@ -1,0 +1,94 @@
+"""One real language model, the ways in which it is converted, and what it is asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from benchmarks import standin
+
+from .damage import Damage, nibbles_swapped, zero_points_off
+
+NEW_TOKENS = 32
+_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+PROMPTS = (
+    "The",
+    "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Once upon a time, in a small village by the sea, there lived an old fisherman. Every morning, before the sun had "
+    "risen, he would take his boat out",
+    _CHAT.format("Name three primary colors."),
+    _CHAT.format("Why is the sky blue? Answer in one sentence."),
+    _CHAT.format("Write a short story about a dog who finds a map."),
+)
+
+
+class ConversionFailed(Exception):
+    """``glmquant convert`` failed; the message is its own."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A conversion to try on an engine.
+
+    Attributes:
+        name: for the table.
+        options: of ``glmquant convert``.
+        dtype: in which the engine shall compute; ``auto`` leaves it to the engine, as users do.
+        architecture: the engine's class that must have run it.
+        drift: the largest relative error of a weight; 0.1 to 0.15 is usual for four bits, 1.4 is noise.
+        shards: at least this many files of weights.
+        damage: must be noticed if it is done to the reference; shows that the comparison can fail.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    dtype: str
+    architecture: str
+    drift: float = 0.2
+    shards: int = 1
+    damage: Damage | None = None
+
+
+def for_vllm() -> tuple[Checkpoint, ...]:
+    """What vLLM is given on a CPU.
+
+    Sixteen bits run in float32, because then nothing but the order of sums may differ. vLLM has no float32 kernel for
+    four bits, and none at all on CPUs for eight.
+    """
+    # vLLM runs a native `glm` through transformers' classes, and THUDM's names through a class of its own.
+    native, original = "TransformersForCausalLM", "ChatGLMForCausalLM"
+    asymmetric = ("--group-size", "32", "--asymmetric")
+    return (
+        Checkpoint("16 bit", ("--bits", "16"), "float32", native, drift=0),
+        Checkpoint("INT4 group 128", (), "auto", native, damage=nibbles_swapped),
+        Checkpoint("INT4 group 32 asymmetric", asymmetric, "auto", native, damage=zero_points_off),
+        Checkpoint("INT4 per row", ("--group-size", "row"), "auto", native),
+        Checkpoint("INT4 in shards", ("--max-shard-size", "100MB"), "auto", native, shards=3),
+        Checkpoint("INT4 original layout", ("--layout", "original"), "auto", original),
+    )
+
+
+def build_source(folder: Path) -> None:
+    """Write the model: wide, which every engine takes, and off the 4-bit grid on which its weights were published."""
+    standin.build(folder, standin.Recipe(variant="wide", basis_change=True))
+
+
+def prompt_ids(source: Path) -> list[list[int]]:
+    """`PROMPTS` as token ids."""
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+
+
+def convert(source: Path, out: Path, options: Sequence[str]) -> None:
+    """Run ``glmquant convert`` as a user would."""
+    command = [sys.executable, "-m", "glmquant.cli", "convert", str(source), str(out), *options]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        *_, message = process.stderr.strip().splitlines() or [f"ended with status {process.returncode}"]
+        raise ConversionFailed(f"glmquant convert: {message}")
