@@ -18,6 +18,8 @@ from shutil import rmtree
 
 from filelock import FileLock
 
+from glmquant import GlmquantError
+
 from . import checkpoints, reference
 from .base import Answer, Engine, EngineFailed
 from .checkpoints import Checkpoint, ConversionFailed
@@ -59,8 +61,8 @@ def main() -> int:
                 rows.append(Row(engine.name, "-", "-", "-", f"not run: {reason}", options.allow_missing))
     if ready:
         cache().mkdir(parents=True, exist_ok=True)
-        work = cache() / ".run"
-        with FileLock(f"{work}.lock"):  # one at a time: a run takes two cores and three gigabytes
+        work = cache() / "run"
+        with FileLock(cache() / ".run.lock"):  # one at a time: a run takes two cores and three gigabytes
             rmtree(work, ignore_errors=True)  # of a run that was killed
             work.mkdir()
             try:
@@ -109,9 +111,6 @@ def _try(engine: Engine, checkpoint: Checkpoint, source: Path, work: Path) -> It
     try:
         checkpoints.convert(source, out, checkpoint.options)
         answer = engine.answer(checkpoint, out, checkpoints.prompt_ids(source), work)
-    except (ConversionFailed, EngineFailed) as error:
-        yield row("-", [str(error)], "nothing to compare")
-    else:
         verdict = reference.judge(out, answer)
         how = ", ".join([answer.architecture, answer.dtype, *answer.kernels])
         yield row(how, [*_otherwise(checkpoint, source, out, answer), *verdict.faults], verdict)
@@ -120,6 +119,8 @@ def _try(engine: Engine, checkpoint: Checkpoint, source: Path, work: Path) -> It
             unnoticed = [] if damaged.faults else ["the comparison did not notice"]
             what = checkpoint.damage.__name__.replace("_", " ")
             yield row(f"control: {what}", unnoticed, damaged)
+    except (ConversionFailed, EngineFailed, GlmquantError) as error:
+        yield row("-", [str(error)], "nothing to compare")
     finally:
         rmtree(out, ignore_errors=True)
 
@@ -127,20 +128,16 @@ def _try(engine: Engine, checkpoint: Checkpoint, source: Path, work: Path) -> It
 def _otherwise(checkpoint: Checkpoint, source: Path, out: Path, answer: Answer) -> list[str]:
     """What the checkpoint is, the engine ran it as, or keeps in memory, otherwise than expected."""
     faults = []
-    packed, shards, drift = (
-        reference.packed_bytes(out),
-        len(list(out.glob("*.safetensors"))),
-        reference.drift(source, out),
-    )
+    packed, drift = reference.packed_bytes(out), reference.drift(source, out)
+    shards = len(list(out.glob("*.safetensors")))
+    lengths = {len(text.tokens) for text in answer.continuations}
     if answer.architecture != checkpoint.architecture:
         faults.append(f"run as {answer.architecture}, not {checkpoint.architecture}")
     if answer.packed_bytes != packed or bool(answer.kernels) != bool(packed):
         faults.append(
             f"{answer.packed_bytes} bytes of packed weights in memory, {packed} on disk, kernels {answer.kernels}"
         )
-    if [len(text.tokens) for text in answer.continuations] != [checkpoints.NEW_TOKENS] * len(
-        checkpoints.PROMPTS
-    ):
+    if len(answer.continuations) != len(checkpoints.PROMPTS) or lengths != {checkpoints.NEW_TOKENS}:
         faults.append("not a text of the length asked for to every prompt")
     if shards < checkpoint.shards:
         faults.append(f"{shards} files of weights, at least {checkpoint.shards} were to be tried")
@@ -158,8 +155,8 @@ def _print(rows: Sequence[Row]) -> None:
     for line in cells:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]))
     print(
-        "\nclear: tokens at which rounding cannot change the choice; gap: the largest logit by which a token misses the "
-        "best;\nerror: mean difference of log-probabilities; 'of': what rounding explains. A control must exceed it."
+        "\nclear: tokens that rounding cannot change; gap: how far a token's logit is from the best, at most;\n"
+        "error: mean difference of log-probabilities; 'of': what rounding explains. A control must exceed it."
     )
 
 
