@@ -29,10 +29,11 @@ bench: $(READY)  ## speed and memory of convert on the real shapes; needs 40 GB 
 test-engines: $(READY)  ## load converted checkpoints in real engines, in environments of their own
 	$(BIN)/python -m tests.engines
 
-# torch goes first and pinned: an unpinned one may bring gigabytes of CUDA libraries along.
+# torch goes first and pinned. Whether the build has CUDA depends on the package index; nothing here needs it, so
+# where it matters: make TORCH_INDEX=https://download.pytorch.org/whl/cpu
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	touch $@
 

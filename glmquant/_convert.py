@@ -26,9 +26,11 @@ from ._version import __version__
 from .checkpoint.output import REPORT, OutputFolder, check_out, write_synced
 from .checkpoint.sink import ShardedSink, ShardLayout
 from .checkpoint.source import TensorSource
-from .errors import OutputError
+from .errors import OutputError, UsageError
 from .plan import Plan, make_plan
 from .recipe import Recipe
+
+_MOST_WORKERS = 8
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the name of what is being worked on."""
@@ -75,7 +77,8 @@ def convert(
         out: the folder to write; it appears only when it is whole and verified.
         recipe: what to do; by default INT4 in groups of 128 columns, as compressed-tensors.
         adapter: a PEFT LoRA folder to merge first.
-        workers: threads that quantize; by default one for each core this process may use.
+        workers: threads that quantize; by default one for each core this process may use, up to eight. While they
+            run, torch works in one thread each, and glibc's malloc keeps freed memory; both hold for the process.
         resume: go on from the whole shards that an interrupted run left behind.
         force: replace an `out` that glmquant wrote before.
         progress: see `Progress`.
@@ -85,9 +88,12 @@ def convert(
     """
     opened = open_source(source, adapter)
     plan = make_plan(opened.source, recipe or Recipe())
-    folder = Path(out).expanduser().absolute()
+    if workers is not None and workers < 1:
+        raise UsageError(f"{workers} workers cannot work; use 1 or more.")
+    folder = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - resolve() would follow links
     _check_places(opened, folder)
     check_out(folder, force=force)
+    files = sidecar_files(opened.folder, opened.source.config, plan)
     with OutputFolder(folder, _digest(plan, opened), resume=resume, force=force) as output:
         finished = _whole_shards(output, plan)
         _check_room(plan, finished, output.partial)
@@ -96,7 +102,6 @@ def convert(
                 plan, opened, output, finished, workers or _cores(), hasher, progress
             )
             source_files = hasher.result()
-        files = sidecar_files(opened.folder, opened.source.config, plan)
         for name, data in files.items():
             write_synced(output.partial / name, data)
         if len(plan.shards) > 1:
@@ -229,7 +234,13 @@ def _whole_shards(output: OutputFolder, plan: Plan) -> dict[str, Any]:
     sizes = {shard.file: shard.nbytes for shard in plan.shards}
     for file, entry in list(output.finished.items()):
         path = output.partial / file
-        if not path.exists() or path.stat().st_size != sizes[file] or sha256(path) != entry["sha256"]:
+        known = file in sizes and isinstance(entry, dict) and {"sha256", "items"} <= entry.keys()
+        if (
+            not known
+            or not path.exists()
+            or path.stat().st_size != sizes[file]
+            or sha256(path) != entry["sha256"]
+        ):
             output.forget(file)
     return dict(output.finished)
 
@@ -268,14 +279,14 @@ def _index(plan: Plan) -> dict[str, Any]:
 
 
 def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores this process may use, but no more than can be fed: hashing and writing take one thread each."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(found, _MOST_WORKERS)
 
 
 @contextmanager
 def _tuned_for_blocks() -> Iterator[None]:
-    """Settings of the process for many short operations on blocks of a megabyte.
+    """Settings of the process for many short operations on blocks of a few megabytes.
 
     One worker per core beats torch's own threads: no barrier after each of a dozen operations. And glibc by
     default returns blocks of this size to the kernel when they are freed, and every new one is paid for with page

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import mmap
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# How much is given to the hash function at a time, and mapped at a time.
 _CHUNK = 4 << 20
+_WINDOW = 64 << 20
 # How far hashing may run ahead of quantizing. Being ahead is useful, it reads the disk in order for both;
 # being too far ahead would push data out of the page cache before it is used.
 _AHEAD = 2 << 30
 
 
+def feed(digest: hashlib._Hash, file: BinaryIO, start: int, stop: int) -> None:
+    """Update `digest` with bytes ``start..stop`` of a file that has them.
+
+    Through a mapping: copying out of the page cache costs a quarter of what SHA-256 does.
+    """
+    while start < stop:
+        base = start - start % mmap.ALLOCATIONGRANULARITY
+        end = min(stop, base + _WINDOW)
+        with mmap.mmap(file.fileno(), end - base, access=mmap.ACCESS_READ, offset=base) as mapped:
+            if hasattr(mmap, "MADV_SEQUENTIAL"):
+                mapped.madvise(mmap.MADV_SEQUENTIAL)
+            with memoryview(mapped) as view:
+                for at in range(start - base, end - base, _CHUNK):
+                    digest.update(view[at : min(at + _CHUNK, end - base)])
+        start = end
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a whole file."""
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _slow(file)
-        )
-
-
-def _slow(file: object) -> str:  # Python 3.10
     digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK):  # type: ignore[attr-defined]
-        digest.update(chunk)
+    with path.open("rb") as file:
+        feed(digest, file, 0, path.stat().st_size)
     return digest.hexdigest()
 
 
@@ -83,20 +93,20 @@ class BackgroundHasher:
     def _run(self) -> dict[str, dict[str, object]]:
         found: dict[str, dict[str, object]] = {}
         hashed = 0
-        buffer = memoryview(bytearray(_CHUNK))
         for path in self._files:
             digest = hashlib.sha256()
-            with path.open("rb", buffering=0) as file:
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                while count := file.readinto(buffer):
-                    digest.update(buffer[:count])
-                    hashed += count
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                for start in range(0, size, _WINDOW):
+                    stop = min(size, start + _WINDOW)
+                    feed(digest, file, start, stop)
+                    hashed += stop - start
                     with self._moved:
                         while hashed > self._allowed and not self._stop:
                             self._moved.wait()
                         if self._stop:
                             return found
-                size = file.tell()
-            found[path.name] = {"bytes": size, "sha256": digest.hexdigest()}
+            # Shards in subfolders and an adapter may share a name.
+            name = path.name if path.name not in found else f"{path.parent.name}/{path.name}"
+            found[name] = {"bytes": size, "sha256": digest.hexdigest()}
         return found

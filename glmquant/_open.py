@@ -46,5 +46,7 @@ def open_source(ref: PathLike, adapter: PathLike | None = None) -> OpenedSource:
             "(THUDM's INT4 and INT8 checkpoints can be converted from.)"
         )
     if adapter is not None:
-        source = AdapterSource(source, Path(adapter), family, dims)
-    return OpenedSource(source, folder, stored_as, Path(adapter) if adapter is not None else None)
+        source = AdapterSource(source, Path(adapter).expanduser(), family, dims)
+    return OpenedSource(
+        source, folder, stored_as, Path(adapter).expanduser() if adapter is not None else None
+    )

@@ -1,6 +1,6 @@
 """The work on one block of rows: quantize, encode, decode again, compare, measure.
 
-Runs in worker threads, one torch thread each; blocks are small enough to stay in a core's cache.
+Runs in worker threads, one torch thread each; blocks are small enough to stay in the caches.
 """
 
 from __future__ import annotations

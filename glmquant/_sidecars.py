@@ -62,9 +62,15 @@ def output_config(source_config: Mapping[str, Any], plan: Plan) -> dict[str, Any
             # What vLLM and SGLang look for.
             config["architectures"] = ["ChatGLMModel"]
             config["original_rope"] = config.get("original_rope", True)
-    items = list(plan.items)
-    weights = [StoredWeight(i.name, i.scheme, (i.shape[0], i.shape[1]), i.role) for i in items if i.scheme]
-    left = [i.name.removesuffix(".weight") for i in items if i.role is families.Role.HEAD and not i.scheme]
+    weights = [
+        StoredWeight(i.name, i.scheme, (i.shape[0], i.shape[1]), i.role) for i in plan.items if i.scheme
+    ]
+    quantized = {weight.name for weight in weights}
+    heads = (
+        t.name for t in family.in_layout(plan.dims, str(plan.recipe.layout)) if t.role is families.Role.HEAD
+    )
+    # A head that is tied to the embedding is not among the items, but it is a module that readers find.
+    left = [name.removesuffix(".weight") for name in heads if name not in quantized]
     config.update(formats.get(str(plan.recipe.format)).config(plan.recipe, family, weights, left))
     return config
 

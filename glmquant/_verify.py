@@ -188,6 +188,9 @@ def _check_hashes(folder: Path, result: Verification) -> dict[str, Any]:
         elif sha256(path) != digest:
             result.problems.append(f"{name} has changed since it was written (SHA-256 differs).")
         result.files += 1
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".py") and path.name not in recorded:
+            result.problems.append(f"{path.name} is not one of the files that glmquant wrote.")
     return report
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from ._version import __version__
-from .errors import GlmquantError
+from .errors import GlmquantError, UsageError
 from .recipe import Recipe, parse_size
 
 if TYPE_CHECKING:
@@ -149,8 +149,12 @@ def inspect(ref: str, as_json: bool) -> None:
 )
 @click.option("--format", "format_", type=click.Choice(["compressed-tensors", "cpm", "safetensors"]))
 @click.option("--layout", type=click.Choice(["native", "original"]), help="transformers' names or THUDM's.")
-@click.option("--quantize-head", is_flag=True, help="Output head in 8 bit instead of 16.")
-@click.option("--quantize-embeddings", is_flag=True, help="Input embeddings in 8 bit instead of 16.")
+@click.option("--quantize-head", is_flag=True, help="Output head in 8 bit instead of 16 (not in cpm).")
+@click.option(
+    "--quantize-embeddings",
+    is_flag=True,
+    help="Input embeddings in 8 bit; in cpm (ChatGLM-6B only) they and the head at --bits.",
+)
 @click.option("--adapter", type=click.Path(), metavar="DIR", help="Merge this LoRA (PEFT) first.")
 @click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one for each core]")
 @click.option("--max-shard-size", default="4GB", show_default=True, metavar="SIZE", help="Largest file.")
@@ -255,6 +259,8 @@ def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> 
     """  # noqa: D301 - see main
     from ._verify import verify as run
 
+    if adapter is not None and source is None:
+        raise UsageError("--adapter says what was merged into the source; give the --source too.")
     with _progress("verifying", quiet=as_json, unit="tensors") as progress:
         found = run(out, source, adapter=adapter, progress=progress)
     if as_json:

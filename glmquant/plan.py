@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -204,11 +204,10 @@ def make_plan(source: TensorSource, recipe: Recipe) -> Plan:
     dims = family.dims(source.config)
     recipe, fmt = resolve_recipe(recipe, family)
     infos = check_source(source, family, dims)
-    narrow = _dtype_of(source.config)
+    narrow = families.stated_dtype(source.config)
     items = [
         _item(tensor, infos[tensor.source], narrow, recipe, fmt)
-        for tensor in family.in_layout(dims, str(recipe.layout))
-        if tensor.source in infos
+        for tensor in _tensors(family, dims, infos, recipe)
     ]
     return Plan(
         family=family.name,
@@ -217,8 +216,27 @@ def make_plan(source: TensorSource, recipe: Recipe) -> Plan:
         recipe=recipe,
         stages=tuple(_stages(items)),
         shards=_shards(items, recipe.max_shard_size),
-        notes=tuple(_notes(family, recipe)),
+        notes=fmt.notes(recipe),
     )
+
+
+def _tensors(
+    family: Family, dims: Dims, infos: Mapping[str, TensorInfo], recipe: Recipe
+) -> Iterator[LayoutTensor]:
+    """The tensors to write. A head that is tied to the embedding may be absent from the source."""
+    embedding = ""
+    for tensor in family.in_layout(dims, str(recipe.layout)):
+        if tensor.role is Role.EMBEDDING:
+            embedding = tensor.source
+        if tensor.source in infos:
+            yield tensor
+        elif tensor.role is Role.HEAD and recipe.format == "cpm" and recipe.quantize_embeddings:
+            yield replace(tensor, source=embedding)  # quantized, THUDM's code reads it under both names
+        elif tensor.role is Role.HEAD and (recipe.quantize_head or recipe.quantize_embeddings):
+            raise UsageError(
+                "this model has no output head of its own, it uses the embedding; "
+                "leave out --quantize-head and --quantize-embeddings."
+            )
 
 
 def check_source(source: TensorSource, family: Family, dims: Dims) -> dict[str, TensorInfo]:
@@ -231,6 +249,11 @@ def check_source(source: TensorSource, family: Family, dims: Dims) -> dict[str, 
             "prefix beside it."
         )
     infos = dict(source.infos())
+    if dims.layers > len(infos):
+        raise SourceError(
+            f"{source.folder} holds {len(infos)} tensors, config.json gives {dims.layers} layers. "
+            "Are weights and config.json of one model?"
+        )
     missing, expected = [], set()
     for spec in family.tensors(dims):
         expected.add(spec.name)
@@ -267,12 +290,6 @@ def _and_more(names: list[str]) -> str:
     return names[0] + (f" and {more} more tensor{'s'[: more > 1]}" if more else "")
 
 
-def _dtype_of(config: families.Config) -> str:
-    """The dtype a model is run in, by its config.json; half where that is silent, as all THUDM models were."""
-    stated = str(config.get("dtype") or config.get("torch_dtype") or "float16")
-    return {"bfloat16": "BF16", "float32": "F32"}.get(stated.removeprefix("torch."), "F16")
-
-
 def _item(tensor: LayoutTensor, info: TensorInfo, narrow: str, recipe: Recipe, fmt: Format) -> Item:
     # ChatGLM-6B stores some norms, and fine-tunes everything, in float32, wider than they are run in.
     dtype = narrow if info.dtype == "F32" else info.dtype
@@ -291,17 +308,9 @@ def _scheme(tensor: LayoutTensor, dtype: str, recipe: Recipe, fmt: Format) -> Sc
     if recipe.bits == 16:
         return None
     linear = formats.resolve_scheme(recipe, fmt.abilities, fmt.name, fmt.scale_dtype(dtype))
-    ends = Scheme(8, linear.group_size, scale_dtype=linear.scale_dtype)
-    if fmt.name == "cpm":  # knows one bit width, and embedding and head only together
-        ends = linear
-        quantize_head = recipe.quantize_embeddings
-    else:
-        quantize_head = recipe.quantize_head
-    wanted = {Role.LINEAR: True, Role.HEAD: quantize_head, Role.EMBEDDING: recipe.quantize_embeddings}
-    if not wanted.get(tensor.role):
-        return None
-    scheme = linear if tensor.role is Role.LINEAR else ends
-    scheme.check_width(tensor.name, tensor.shape[1])
+    scheme = linear if tensor.role is Role.LINEAR else fmt.end_schemes(recipe, linear).get(tensor.role)
+    if scheme is not None:
+        scheme.check_width(tensor.name, tensor.shape[1])
     return scheme
 
 
@@ -335,13 +344,3 @@ def _shards(items: list[Item], max_size: int) -> tuple[ShardLayout, ...]:
         ShardLayout(f"model-{n:05d}-of-{len(filled):05d}.safetensors", tuple(tensors))
         for n, tensors in enumerate(filled, 1)
     )
-
-
-def _notes(family: Family, recipe: Recipe) -> Iterator[str]:
-    if recipe.format == "compressed-tensors" and recipe.layout == "native":
-        yield "transformers unpacks compressed-tensors weights to 16 bit at first use; vLLM keeps them packed."
-    if recipe.format == "compressed-tensors" and recipe.quantize_embeddings:
-        yield (
-            "transformers loads 8-bit embeddings only with --bits 8 --quantize-head (one scheme for everything); "
-            "vLLM does not read them."
-        )

@@ -22,7 +22,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS:
         raise UsageError(f"{text!r} is not a size; write for example 4GB, 3.5GiB or 500MB.")
-    size = int(float(match[1]) * _UNITS[match[2]])
+    try:
+        size = int(float(match[1]) * _UNITS[match[2]])
+    except OverflowError:
+        raise UsageError(f"{text[:20]}... is more than any disk holds.") from None
     if size <= 0:
         raise UsageError(f"the size {text!r} must be positive.")
     return size
@@ -40,7 +43,8 @@ class Recipe:
         format: ``compressed-tensors``, ``cpm`` or ``safetensors``.
         layout: ``native`` (transformers' names, no remote code) or ``original`` (THUDM's names).
         quantize_head: the output head in 8 bit instead of 16.
-        quantize_embeddings: the input embeddings in 8 bit instead of 16.
+        quantize_embeddings: the input embeddings in 8 bit instead of 16; in ``cpm``, for ChatGLM-6B only, embedding
+            and head at `bits`.
         max_shard_size: upper limit of a file in bytes (a single tensor may exceed it).
     """
 

@@ -81,7 +81,7 @@ def small_undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def whole_shards(out: Path) -> list[Path]:
     """Shards that the journal of an interrupted run vouches for."""
-    journal = partial_of(out) / "progress.json"
+    journal = partial_of(out) / ".glmquant-journal.json"
     if not journal.exists():
         return []
     return [partial_of(out) / name for name in sorted(json.loads(journal.read_text())["shards"])]
@@ -140,7 +140,7 @@ def test_kill(source: Path, tmp_path: Path, undisturbed: dict[str, bytes], momen
 
 def without_lock(files: dict[str, bytes]) -> dict[str, bytes]:
     """Between the rename and the removal of the lock file there is a moment in which a kill leaves it behind."""
-    return {name: data for name, data in files.items() if name != ".lock"}
+    return {name: data for name, data in files.items() if name != ".glmquant-lock"}
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_damaged_journal_vouches_for_nothing(
     small: Path, half: Path, small_undisturbed: dict[str, bytes], journal: str
 ) -> None:
     old = identity(whole_shards(half)[0])
-    (partial_of(half) / "progress.json").write_text(journal)
+    (partial_of(half) / ".glmquant-journal.json").write_text(journal)
     glmquant.convert(small, half, SMALL_SHARDS, resume=True)
     assert content(half) == small_undisturbed
     assert identity(half / "model-00001-of-00004.safetensors") != old

@@ -277,7 +277,7 @@ def test_lock(source: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> No
     out = tmp_path / "out"
     for ending in (signal.SIGCONT, signal.SIGKILL):
         first = start_cli("convert", big, out, "--max-shard-size", "1MB", "--json", "--force")
-        wait_until(lambda: (partial_of(out) / "progress.json").exists())
+        wait_until(lambda: (partial_of(out) / ".glmquant-journal.json").exists())
         first.send_signal(signal.SIGSTOP)
         with pytest.raises(OutputError, match=f"^another glmquant is writing {out} at this moment"):
             glmquant.convert(source, out, force=True)

@@ -269,7 +269,7 @@ def test_everything_is_on_disk_before_the_final_name(
     # The names in the folder, too: nothing appears in it or leaves it after its last fsync.
     last = max(n for n, event in enumerate(before) if event[:2] == ("fsync", str(partial)))
     assert not [e for e in before[last + 1 :] if e[1].startswith(str(partial))]
-    assert [e[:2] for e in before].index(("unlink", str(partial / "progress.json"))) < last
+    assert [e[:2] for e in before].index(("unlink", str(partial / ".glmquant-journal.json"))) < last
     # And the new name itself, before anything old is removed.
     after = [event[:2] for event in events[final + 1 :]]
     parent = after.index(("fsync", str(tmp_path)))

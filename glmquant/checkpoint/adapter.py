@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,29 +48,42 @@ class _Rows:
     start: int
 
 
+@dataclass(frozen=True, eq=False)  # told apart by identity, as a key of the cache
+class _Lora:
+    """The two halves of a LoRA as its file holds them (mapped, not in memory), and its scaling."""
+
+    a: torch.Tensor  # [rank, columns]
+    b: torch.Tensor  # [rows, rank]
+    factor: float
+
+
 @dataclass(frozen=True)
-class _Update:
-    """Rows ``start..start + len(b)`` of a weight gain ``(b @ a) * b_unit * a_unit``.
+class _Factors:
+    """A LoRA ready to be multiplied: ``(b @ a) * b_unit * a_unit``.
 
     `a` and `b` hold integers so small that every sum of products is exact in float64. BLAS adds in an order that
     depends on the machine, the threads and the number of rows; so the result does not.
     """
 
-    start: int
     a: torch.Tensor  # float64 [rank, columns]
     a_unit: torch.Tensor  # [1, columns], powers of two
     b: torch.Tensor  # float64 [rows, rank]
     b_unit: torch.Tensor  # [rows, 1], powers of two
 
-    def add_to(self, rows: torch.Tensor, start: int) -> None:
-        """Add to float32 `rows`, which are those from `start` on of the weight."""
-        low, high = max(start, self.start), min(start + rows.shape[0], self.start + self.b.shape[0])
+    @classmethod
+    def of(cls, lora: _Lora) -> _Factors:
+        bits = (53 - lora.b.shape[1].bit_length()) // 2
+        a, a_unit = _to_integers(lora.a.float(), 0, bits)
+        b, b_unit = _to_integers(lora.b.float() * lora.factor, 1, bits)
+        return cls(a, a_unit, b, b_unit)
+
+    def add_to(self, rows: torch.Tensor, first: int) -> None:
+        """Add rows ``first..`` of the product to float32 `rows`."""
         step = max(1, _PRODUCT_WEIGHTS // rows.shape[1])
-        for first in range(low, high, step):
-            last = min(high, first + step)
-            own = slice(first - self.start, last - self.start)
-            product = (self.b[own] @ self.a).mul_(self.b_unit[own]).mul_(self.a_unit)
-            rows[first - start : last - start] += product.float()
+        for start in range(0, rows.shape[0], step):
+            block = rows[start : start + step]
+            own = slice(first + start, first + start + block.shape[0])
+            block += (self.b[own] @ self.a).mul_(self.b_unit[own]).mul_(self.a_unit).float()
 
 
 class AdapterSource:
@@ -85,7 +99,9 @@ class AdapterSource:
     def __init__(self, base: TensorSource, folder: Path, family: Family, dims: Dims) -> None:
         self._base = base
         self._adapter_file, tensors, config = _read_adapter(folder)
-        self._updates: dict[str, list[_Update]] = {}
+        self._updates: dict[str, list[tuple[_Rows, _Lora]]] = {}
+        # Every row block of a weight needs its factors again, and no other weight does for long.
+        self._factors = lru_cache(maxsize=4)(_Factors.of)
         self._replaced: dict[str, list[tuple[int, torch.Tensor]]] = {}
         self._match(tensors, config, _rows_by_name(base, family, dims))
 
@@ -147,13 +163,9 @@ class AdapterSource:
             )
         if not (a.isfinite().all() and b.isfinite().all()):
             raise SourceError(f"the LoRA of {module} in {self._adapter_file} holds NaN or an infinite value.")
-        bits = (53 - rank.bit_length()) // 2
-        a, a_unit = _to_integers(a, 0, bits)
-        b, b_unit = _to_integers(b, 1, bits)
+        lora = _Lora(pair["A"], pair["B"], factor)
         for part in rows:
-            own = slice(part.first, part.first + part.count)
-            update = _Update(part.start, a, a_unit, b[own], b_unit[own])
-            self._updates.setdefault(part.target, []).append(update)
+            self._updates.setdefault(part.target, []).append((part, lora))
 
     @property
     def folder(self) -> Path:
@@ -167,8 +179,8 @@ class AdapterSource:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Weight files of the base, then the adapter's."""
-        return (*self._base.files, self._adapter_file)
+        """Weight files of the base, then the adapter's: its configuration decides the result too."""
+        return (*self._base.files, self._adapter_file, self._adapter_file.with_name(_CONFIG))
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """See `TensorSource`."""
@@ -185,8 +197,11 @@ class AdapterSource:
             low, high = max(start, first), min(stop, first + tensor.shape[0])
             if low < high:
                 merged[low - start : high - start] = tensor[low - first : high - first]
-        for update in self._updates.get(name, ()):
-            update.add_to(merged, start)
+        for part, lora in self._updates.get(name, ()):
+            low, high = max(start, part.start), min(stop, part.start + part.count)
+            if low < high:
+                first = part.first + low - part.start
+                self._factors(lora).add_to(merged[low - start : high - start], first)
         return merged.to(rows.dtype)
 
     def prefetch(self, shard: str) -> None:

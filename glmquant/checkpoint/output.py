@@ -24,8 +24,8 @@ from ..errors import OutputError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_JOURNAL = "progress.json"
-_LOCK = ".lock"
+_JOURNAL = ".glmquant-journal.json"
+_LOCK = ".glmquant-lock"
 REPORT = "quantization_report.json"
 
 
@@ -163,8 +163,10 @@ class OutputFolder:
         (self.out / _LOCK).unlink(missing_ok=True)
         _sync_folder(self.out.parent)
         if old is not None:
+            # Under a name of its own: OUT.partial may be wanted by another run from now on.
+            aside = self.out.with_name(f"{self.out.name}.old-{os.getpid()}")
             with suppress(OSError):
-                (old / _LOCK).touch()  # leftovers now, should this be the end
+                old = old.rename(aside)
             _remove(old)
 
 
@@ -190,6 +192,20 @@ def check_out(out: Path, *, force: bool) -> None:
             f"{out} exists and was not written by glmquant (it has no {REPORT}), so --force does not replace it; "
             "remove it yourself or choose another OUT."
         )
+    foreign = _foreign(out)
+    if foreign is not None:
+        raise OutputError(
+            f"{out} also holds {foreign}, which glmquant did not write and --force would delete; move it away first."
+        )
+
+
+def _foreign(out: Path) -> str | None:
+    """A file in a folder of ours that its report does not list; None if there is none."""
+    try:
+        ours = set(json.loads((out / REPORT).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    return next((p.name for p in sorted(out.iterdir()) if p.name not in ours | {REPORT, _LOCK}), None)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from .._hashing import feed
 from ..errors import VerificationError
 from .output import write_error
 from .source import ITEM_SIZES
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 # Written bytes are pushed to the disk this often, in the background: left alone, the kernel keeps gigabytes
 # back for the final fsync and the disk idles while weights are being quantized.
 _FLUSH_BYTES = 256 << 20
-_READ_BYTES = 4 << 20
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
@@ -102,19 +102,15 @@ class _ReadBack:
     """The hash of a growing file as it reads, kept up in steps."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
+        self._file = path.open("rb")
         self._hash = hashlib.sha256()
         self._read = 0
 
     def up_to(self, size: int) -> str:
         """Read on to byte `size`; returns the SHA-256 of everything before it."""
-        buffer = memoryview(bytearray(_READ_BYTES))
-        while self._read < size:
-            count = self._file.readinto(buffer[: size - self._read])
-            if not count:
-                break  # shorter than what was written: the hash will tell
-            self._hash.update(buffer[:count])
-            self._read += count
+        stop = min(size, os.fstat(self._file.fileno()).st_size)  # if it is shorter, the hash will tell
+        feed(self._hash, self._file, self._read, stop)
+        self._read = stop
         return self._hash.hexdigest()
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import SourceError
 from . import chatglm, chatglm2, glm
-from .base import Config, Dims, Family, LayoutTensor, Part, Role, TensorRule, TensorSpec
+from .base import Config, Dims, Family, LayoutTensor, Part, Role, TensorRule, TensorSpec, stated_dtype
 
 __all__ = [
     "FAMILIES",
@@ -17,6 +17,7 @@ __all__ = [
     "TensorRule",
     "TensorSpec",
     "detect",
+    "stated_dtype",
 ]
 
 FAMILIES: dict[str, Family] = {

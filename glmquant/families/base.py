@@ -6,6 +6,7 @@ of them are linear weights, and what are they called in transformers' native lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -156,6 +157,10 @@ class Family:
             raise SourceError(f"config.json of this {self.name} model lacks {error}.") from None
         except (TypeError, ValueError, ArithmeticError) as error:
             raise SourceError(f"config.json of this {self.name} model has a bad value: {error}.") from None
+        for key in ("layernorm_epsilon", "rms_norm_eps", "rope_ratio"):
+            number = config.get(key, 1)
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
+                raise SourceError(f"config.json gives {key} as {number!r}; it must be a positive number.")
         for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context"):
             value = getattr(dims, field)
             if type(value) is not int or value <= 0:  # a bool is an int too
@@ -219,6 +224,14 @@ class Family:
             native=tuple(parts),
             optional=rule.optional or (rule.role is Role.HEAD and dims.tied_head),
         )
+
+
+def stated_dtype(config: Config) -> str:
+    """The dtype a model is run in, as safetensors spells it; half where config.json is silent, as all THUDM
+    models were.
+    """
+    stated = str(config.get("dtype") or config.get("torch_dtype") or "float16")
+    return {"bfloat16": "BF16", "float32": "F32"}.get(stated.removeprefix("torch."), "F16")
 
 
 def per_layer(prefix: str, rows: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:

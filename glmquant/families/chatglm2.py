@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Config, Dims, Family, Role, TensorRule, per_layer
+from .base import Config, Dims, Family, Role, TensorRule, per_layer, stated_dtype
 
 # What the configuration classes of the original code assume where config.json is silent.
 _ROPE_BASE = 10000.0
@@ -70,8 +70,7 @@ def _native_config(config: Config) -> dict[str, Any]:
         "use_cache": config.get("use_cache", True),
         "vocab_size": dims.vocab,
     }
-    if "torch_dtype" in config:
-        native["torch_dtype"] = config["torch_dtype"]
+    native["torch_dtype"] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[stated_dtype(config)]
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         native[key] = config.get(key)
     return native

@@ -60,6 +60,12 @@ class Format(Protocol):
     def check(self, recipe: Recipe, family: Family) -> None:
         """Raise `UsageError` for a combination that this format cannot hold beyond what `abilities` says."""
 
+    def end_schemes(self, recipe: Recipe, linear: Scheme) -> dict[Role, Scheme]:
+        """The schemes of embedding and head where `recipe` wants them quantized, given that of linear weights."""
+
+    def notes(self, recipe: Recipe) -> tuple[str, ...]:
+        """What a user of such a checkpoint should know."""
+
     def scale_dtype(self, weight_dtype: str) -> str:
         """The dtype of scales for weights of a safetensors dtype."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.sink import StoredTensor
 from ..errors import SourceError, UsageError
-from ..families import Role
+from ..families import Role, stated_dtype
 from ..recipe import Recipe
 from ..scheme import QuantizedTensor, Scheme
 from .base import Abilities, StoredWeight
@@ -51,6 +51,26 @@ class CompressedTensors:
         """See `Format`."""
         if "native" not in family.layouts:
             raise UsageError("no engine reads compressed-tensors weights of ChatGLM-6B; use --format cpm.")
+
+    def end_schemes(self, recipe: Recipe, linear: Scheme) -> dict[Role, Scheme]:
+        """See `Format`."""
+        ends = Scheme(8, linear.group_size, scale_dtype=linear.scale_dtype)
+        wanted = {Role.HEAD: recipe.quantize_head, Role.EMBEDDING: recipe.quantize_embeddings}
+        return {role: ends for role, want in wanted.items() if want}
+
+    def notes(self, recipe: Recipe) -> tuple[str, ...]:
+        """See `Format`."""
+        notes = []
+        if recipe.layout == "native":
+            notes.append(
+                "transformers unpacks compressed-tensors weights to 16 bit at first use; vLLM keeps them packed."
+            )
+        if recipe.quantize_embeddings:
+            notes.append(
+                "transformers loads 8-bit embeddings only with --bits 8 --quantize-head (one scheme for everything); "
+                "vLLM does not read them."
+            )
+        return tuple(notes)
 
     def scale_dtype(self, weight_dtype: str) -> str:
         """See `Format`."""
@@ -148,18 +168,13 @@ class CompressedTensors:
             raise SourceError(
                 f"compressed-tensors format {section.get('format')!r} is not known here; only pack-quantized is."
             )
-        scale_dtype = str(config.get("dtype") or config.get("torch_dtype") or "float16")
-        by_target: dict[str, Scheme] = {}
-        for group in section.get("config_groups", {}).values():
-            weights = group["weights"]
-            scheme = Scheme(
-                bits=weights["num_bits"],
-                group_size=weights.get("group_size") if weights.get("strategy") == "group" else None,
-                symmetric=weights.get("symmetric", True),
-                scale_dtype=scale_dtype,  # type: ignore[arg-type]
-            )
-            by_target.update(dict.fromkeys(group["targets"], scheme))
-        ignored = set(section.get("ignore") or ())
+        try:
+            by_target = _schemes(section, self.scale_dtype(stated_dtype(config)))
+            ignored = set(section.get("ignore") or ())
+        except (AttributeError, KeyError, TypeError, UsageError) as error:
+            raise SourceError(
+                f"quantization_config in config.json is damaged, or of a kind not known here ({error!r})."
+            ) from None
         found = []
         for tensor in family.in_layout(dims, family.layout_of(config)):
             module = tensor.name.removesuffix(".weight")
@@ -171,6 +186,21 @@ class CompressedTensors:
                     StoredWeight(tensor.name, named, (tensor.shape[0], tensor.shape[1]), tensor.role)
                 )
         return found
+
+
+def _schemes(section: Mapping[str, Any], scale_dtype: str) -> dict[str, Scheme]:
+    """The schemes of a quantization_config by target."""
+    by_target: dict[str, Scheme] = {}
+    for group in section["config_groups"].values():
+        weights = group["weights"]
+        scheme = Scheme(
+            bits=weights["num_bits"],
+            group_size=weights.get("group_size") if weights.get("strategy") == "group" else None,
+            symmetric=weights.get("symmetric", True),
+            scale_dtype=scale_dtype,  # type: ignore[arg-type]
+        )
+        by_target.update(dict.fromkeys(group["targets"], scheme))
+    return by_target
 
 
 def _section(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.sink import StoredTensor
 from ..errors import SourceError, UsageError
+from ..families import Role
 from ..recipe import Recipe
 from ..scheme import QuantizedTensor, Scheme
 from .base import Abilities, StoredWeight, resolve_scheme
@@ -58,6 +59,14 @@ class Cpm:
                     else "leave out --quantize-head, or use --format compressed-tensors."
                 )
             )
+
+    def end_schemes(self, recipe: Recipe, linear: Scheme) -> dict[Role, Scheme]:
+        """See `Format`. There is one bit width for everything, and embedding and head go together."""
+        return dict.fromkeys((Role.EMBEDDING, Role.HEAD), linear) if recipe.quantize_embeddings else {}
+
+    def notes(self, recipe: Recipe) -> tuple[str, ...]:
+        """See `Format`."""
+        return ()
 
     def scale_dtype(self, weight_dtype: str) -> str:
         """See `Format`."""
@@ -102,10 +111,8 @@ class Cpm:
 
     def quantized(self, config: Mapping[str, Any], family: Family, dims: Dims) -> list[StoredWeight]:
         """See `Format`."""
-        from ..families import Role
-
         bits = config["quantization_bit"]
-        if bits not in (4, 8):
+        if bits not in (4, 8) or not isinstance(bits, int):
             raise SourceError(f"config.json has quantization_bit {bits!r}; THUDM's checkpoints have 4 or 8.")
         scheme = Scheme(bits=bits, scale_dtype="float16")
         roles = {Role.LINEAR}

@@ -14,7 +14,7 @@ from .base import Abilities, StoredWeight
 if TYPE_CHECKING:
     import torch
 
-    from ..families import Dims, Family
+    from ..families import Dims, Family, Role
 
 
 class Plain:
@@ -38,6 +38,14 @@ class Plain:
             raise UsageError(
                 "--bits 16 quantizes nothing; leave out --quantize-head and --quantize-embeddings."
             )
+
+    def end_schemes(self, recipe: Recipe, linear: Scheme) -> dict[Role, Scheme]:
+        """See `Format`."""
+        return {}
+
+    def notes(self, recipe: Recipe) -> tuple[str, ...]:
+        """See `Format`."""
+        return ()
 
     def scale_dtype(self, weight_dtype: str) -> str:
         """See `Format`; never used."""

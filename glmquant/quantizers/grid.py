@@ -1,7 +1,7 @@
 """The arithmetic that quantizers share: group views, extremes, and rounding to codes.
 
-Written for the speed of plain torch on a CPU: everything works in place on float32 blocks that fit a core's
-cache. A block is a few hundred kilobytes; whole-tensor temporaries would go through main memory ten times.
+Written for the speed of plain torch on a CPU: everything works in place on float32 blocks of about two megabytes,
+which stay in the shared cache; whole-tensor temporaries would go through main memory ten times.
 """
 
 from __future__ import annotations
