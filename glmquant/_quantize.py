@@ -104,14 +104,23 @@ def _quantized(
         stored = fmt.encode(item.name, quantized)
         weight = StoredWeight(item.name, scheme, (block.shape[0], block.shape[1]))
         _compare(quantized, fmt.decode(stored, weight), item, fmt)
-        exact = block.float()
+        exact = block.to(
+            torch.float32, copy=True
+        )  # a copy always: rows of a float32 source are the file itself
         error = quantized.dequantize().sub_(exact)
-        result.squared_error += error.mul_(error).sum().item()
-        result.squared_norm += exact.mul_(exact).sum().item()
+        result.squared_error += _square_sum(error)
+        result.squared_norm += _square_sum(exact)
         for name, tensor in stored.items():
             pieces.setdefault(name, []).append(tensor)
     result.rows = {name: torch.cat(parts) for name, parts in pieces.items()}
     return result
+
+
+def _square_sum(block: torch.Tensor) -> float:
+    """Sum of squares of float32 [rows, columns]; overwrites `block`. float32 along a row, float64 from row to row:
+    torch's order of summation differs between processors, and this keeps what it changes below the reported digits.
+    """
+    return block.mul_(block).sum(1).sum(dtype=torch.float64).item()
 
 
 def _compare(before: QuantizedTensor, after: QuantizedTensor, item: Item, fmt: Format) -> None:

@@ -16,10 +16,10 @@ _PACKAGES = ("torch", "safetensors")
 
 
 def item_entry(item: Item, error: ItemError) -> dict[str, Any]:
-    """The report's line for one weight; errors to four digits: the sums behind them are good to seven."""
+    """The report's line for one weight; errors to six digits; the sums behind them are good to about eight."""
     entry: dict[str, Any] = {"bytes": item.nbytes, "scheme": str(item.scheme) if item.scheme else None}
     if item.scheme is not None:
-        entry["relative_error"] = float(f"{error.relative:.4g}")
+        entry["relative_error"] = float(f"{error.relative:.6g}")
     return entry
 
 

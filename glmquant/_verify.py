@@ -276,6 +276,12 @@ class _Originals:
             for layout in family.layouts
             for tensor in family.in_layout(dims, layout)
         }
+        # A head that a source does not store is its embedding.
+        roles = {spec.role: spec for spec in family.tensors(dims)}
+        embedding, head = roles[Role.EMBEDDING].name, roles[Role.HEAD].name
+        if head not in source.infos():
+            tied = {name: (embedding, 0) for name, (stored, _) in self._places.items() if stored == head}
+            self._places.update(tied)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name not in self._places:

@@ -178,7 +178,11 @@ def test_the_report_tells_of_the_adapter(original: Path, tmp_path: Path) -> None
     train(skeleton(original_weights()), lora(), tmp_path / "adapter")
     report = convert(original, tmp_path / "out", adapter=tmp_path / "adapter").report
     assert report["source"]["adapter"] is True
-    assert set(report["source"]["files"]) == {"model.safetensors", "adapter_model.safetensors"}
+    assert set(report["source"]["files"]) == {
+        "model.safetensors",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
 
 
 # Modules that were trained whole.

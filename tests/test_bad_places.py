@@ -132,3 +132,37 @@ def test_out_and_adapter_may_not_lie_in_each_other(tmp_path: Path) -> None:
     assert adapter.exists()
     with pytest.raises(glmquant.OutputError, match="is inside the adapter"):
         glmquant.convert(source, adapter / "new", glmquant.Recipe(bits=16), adapter=adapter)
+
+
+def test_force_does_not_delete_what_glmquant_did_not_write(tmp_path: Path, out: Path) -> None:
+    source = tiny_model(tmp_path)
+    convert(source, out)
+    (out / "my_notes.txt").write_text("keep me")
+    with pytest.raises(OutputError, match=r"my_notes\.txt"):
+        convert(source, out, force=True)
+    assert (out / "my_notes.txt").read_text() == "keep me"
+
+
+def test_somebody_elses_partial_folder_is_left_alone(tmp_path: Path, out: Path) -> None:
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir()
+    (partial / "progress.json").write_text("{}")
+    (partial / "thesis.txt").write_text("keep me")
+    with pytest.raises(OutputError, match="holds something else"):
+        convert(tiny_model(tmp_path), out)
+    assert (partial / "thesis.txt").read_text() == "keep me"
+
+
+def test_files_beside_the_weights_are_checked_before_the_weights_are_read(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_model(tmp_path)
+    (source / "tokenizer_config.json").write_text("[]")
+    monkeypatch.setattr("glmquant._quantize.run", lambda *_: pytest.fail("a weight was read"))
+    refused(source, out, "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_workers_must_be_some(tmp_path: Path, out: Path, workers: int) -> None:
+    with pytest.raises(glmquant.UsageError, match="workers"):
+        convert(tiny_model(tmp_path), out, workers=workers)

@@ -273,4 +273,6 @@ def test_everything_is_on_disk_before_the_final_name(
     # And the new name itself, before anything old is removed.
     after = [event[:2] for event in events[final + 1 :]]
     parent = after.index(("fsync", str(tmp_path)))
-    assert not [path for kind, path in after[:parent] if kind == "unlink" and not path.endswith("/.lock")]
+    assert not [
+        path for kind, path in after[:parent] if kind == "unlink" and not path.endswith("/.glmquant-lock")
+    ]

@@ -311,3 +311,19 @@ def test_a_source_keeps_what_its_config_says(tmp_path: Path) -> None:
     write_model(tmp_path, config, random_tensors(CHATGLM2))
     assert open_folder(tmp_path).config == config
     assert open_source(tmp_path).source.config == config
+
+
+@pytest.mark.parametrize("method", ["rtn", "mse"])
+def test_converting_leaves_the_rows_of_a_float32_source_as_they_are(tmp_path: Path, method: str) -> None:
+    """They are views of the file's mapping: writing to them would cost memory, and the next reader the truth."""
+    from glmquant import _quantize, formats, quantizers
+    from glmquant.plan import make_plan
+
+    source = open_folder(GOLDEN / "chatglm-6b" / "tiny-3l")
+    plan = make_plan(source, Recipe(format="cpm", method=method, quantize_embeddings=True))
+    fmt, quantizer = formats.get("cpm"), quantizers.get(method)
+    for item in plan.items:
+        before = source.read(item.source).clone()
+        for task in _quantize.tasks(item, fmt.row_multiple):
+            _quantize.run(task, source, quantizer, fmt)
+        assert torch.equal(source.read(item.source), before), item.name
