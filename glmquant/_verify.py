@@ -224,7 +224,7 @@ def _check_weight(
             result.problems.append(f"{weight.name} decodes to NaN or infinity in rows {start} to {stop - 1}.")
             return
         if originals is not None:
-            exact = originals.rows(weight.name, start, stop).float()
+            exact = originals.rows(weight.name, start, stop).to(torch.float32, copy=True)
             squared_error += (decoded - exact).square_().sum().item()
             squared_norm += exact.square_().sum().item()
     if originals is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,24 +262,6 @@ def test_unforeseen_system_errors(
 
     monkeypatch.setattr("glmquant._inspect.inspect", fail)
     assert the_error(run("inspect", source)) == "/secret/weights: Permission denied."
-
-
-def test_interrupt_that_native_code_turns_into_something_else(
-    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def read(*args: object) -> None:
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            raise ValueError("could not determine the shape of an object") from None
-
-    monkeypatch.setattr("glmquant._quantize.run", read)
-    before = signal.getsignal(signal.SIGINT)
-    assert the_error(run("convert", source, tmp_path / "out", "--workers", "1"), 130).startswith(
-        "interrupted; OUT is"
-    )
-    assert signal.getsignal(signal.SIGINT) is before
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_debug_shows_the_traceback(run: Run, tmp_path: Path) -> None:

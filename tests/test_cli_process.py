@@ -7,14 +7,17 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from helpers_convert import CLI, config, run_cli, small_source, tensors, write_source
 
 import glmquant
+from glmquant.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +146,27 @@ def test_pipe_that_closes_early(source: Path) -> None:
     assert process.stderr.read() == ""
     process.wait(timeout=60)
     process.stderr.close()
+
+
+def test_interrupt_that_native_code_turns_into_something_else(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors calls back into Python, and makes a ValueError of the KeyboardInterrupt it gets there."""
+
+    def read(*args: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of an object") from None
+
+    monkeypatch.setattr("glmquant._quantize.run", read)
+    before = signal.getsignal(signal.SIGINT)
+    command = ["convert", str(source), str(tmp_path / "out"), "--workers", "1"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 130
+    assert re.fullmatch(r"glmquant: interrupted; OUT is as it was, .*\.\n", result.stderr)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert list(tmp_path.iterdir()) == []
 
 
 # Completion
