@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test check format bench test-engines clean
 
 demo: $(READY)  ## convert a real language model to INT8 and INT4 and let it answer
-	$(BIN)/python -m benchmarks.demo
+	TQDM_DISABLE=1 $(BIN)/python -m benchmarks.demo
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest

@@ -10,7 +10,6 @@ INT8 and the INT4 weights.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import warnings
@@ -112,7 +111,6 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _answers(folder: Path) -> list[str]:
     """Greedy answers of the model in `folder`, loaded as any user of transformers would."""
-    os.environ["TQDM_DISABLE"] = "1"  # compressed-tensors reports every step with a bar
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
