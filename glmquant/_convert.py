@@ -23,7 +23,7 @@ from ._report import build_report, item_entry
 from ._sidecars import sidecar_files, to_json
 from ._verify import check_written
 from ._version import __version__
-from .checkpoint.output import REPORT, OutputFolder, check_out, write_synced
+from .checkpoint.output import REPORT, OutputFolder, check_out, show_size, write_synced
 from .checkpoint.sink import ShardedSink, ShardLayout
 from .checkpoint.source import TensorSource
 from .errors import OutputError, UsageError
@@ -264,7 +264,7 @@ def _check_room(plan: Plan, finished: dict[str, Any], folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
-            f"the conversion needs {needed / 2**30:.2f} GiB in {folder.parent}, where only {free / 2**30:.2f} GiB "
+            f"the conversion needs {show_size(needed)} in {folder.parent}, where only {show_size(free)} "
             "are free; free some space or choose an OUT on another disk."
         )
 

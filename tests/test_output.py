@@ -277,18 +277,23 @@ def test_lock(source: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> No
     out = tmp_path / "out"
     for ending in (signal.SIGCONT, signal.SIGKILL):
         first = start_cli("convert", big, out, "--max-shard-size", "1MB", "--json", "--force")
-        wait_until(lambda: (partial_of(out) / ".glmquant-journal.json").exists())
-        first.send_signal(signal.SIGSTOP)
-        with pytest.raises(OutputError, match=f"^another glmquant is writing {out} at this moment"):
-            glmquant.convert(source, out, force=True)
-        if ending == signal.SIGCONT:
-            second = run_cli("convert", source, out, "--force")
-            assert second.returncode == 2
-            assert second.stderr.startswith("glmquant: another glmquant is writing")
-            assert second.stderr.count("\n") == 1
-        first.send_signal(ending)
-        _, errors = first.communicate(timeout=60)
-        assert (first.returncode, errors) == ((0, "") if ending == signal.SIGCONT else (-signal.SIGKILL, ""))
+        try:
+            wait_until(lambda: (partial_of(out) / ".glmquant-journal.json").exists())
+            first.send_signal(signal.SIGSTOP)
+            with pytest.raises(OutputError, match=f"^another glmquant is writing {out} at this moment"):
+                glmquant.convert(source, out, force=True)
+            if ending == signal.SIGCONT:
+                second = run_cli("convert", source, out, "--force")
+                assert second.returncode == 2
+                assert second.stderr.startswith("glmquant: another glmquant is writing")
+                assert second.stderr.count("\n") == 1
+            first.send_signal(ending)
+            _, errors = first.communicate(timeout=60)
+            assert (first.returncode, errors) == (
+                (0, "") if ending == signal.SIGCONT else (-signal.SIGKILL, "")
+            )
+        finally:
+            first.kill()  # does no harm to one that has ended; a stopped one must not stay
         assert glmquant.verify(out, big).ok  # the first one's, whole, both times
     glmquant.convert(source, out, SMALL_SHARDS, force=True)  # a dead process locks nothing
     assert content(out) == undisturbed

@@ -129,7 +129,5 @@ def _pip(python: Path, *arguments: str) -> None:
     command = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     pip = subprocess.run(command, capture_output=True, text=True, check=False)
     if pip.returncode:
-        errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or [
-            pip.stderr.strip()
-        ]
-        raise EnvironmentFailed(f"pip {' '.join(arguments)}: {' '.join(errors)}")
+        errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
+        raise EnvironmentFailed(f"pip {arguments[0]}: {errors[-1] if errors else pip.stderr.strip()[-500:]}")
