@@ -91,7 +91,9 @@ def build_source(folder: Path) -> None:
             # relative to a gain, absolute for a bias
             noise = 0.05 * torch.randn(tensor.shape, generator=generator)
             tensors[name] = ((tensor if tensor.any() else 1) * noise + tensor).half()
-    save_file(tensors, file, metadata={"format": "pt"})
+    changed = file.with_suffix(".changed")  # the tensors may still be views of the file
+    save_file(tensors, changed, metadata={"format": "pt"})
+    changed.replace(file)
 
 
 def prompt_ids(source: Path) -> list[list[int]]:
