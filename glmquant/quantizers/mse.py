@@ -12,7 +12,8 @@ Two more things make it good and cheap:
   groups this alone removes 8 % of the squared error.
 * Weights are first scaled so that the extreme is an integer power of two and rounded to integers small enough
   that A and B are exact in float32 whatever the order of summation. The chosen scales, and with them every
-  byte, do not depend on how a device adds up (run on CPUs only so far). It also makes a candidate one multiplication by a constant.
+  byte, do not depend on how a device adds up (run on CPUs only so far). It also makes a candidate one
+  multiplication by a constant.
 """
 
 from __future__ import annotations
