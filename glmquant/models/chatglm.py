@@ -24,13 +24,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..errors import UsageError
+from ..families import Dims
+from ..families.chatglm import FAMILY
 from .chatglm_config import ChatGLMConfig
 from .chatglm_positions import (
     hold_first_row,
     padding_of,
     rotary_tables,
     rotate,
-    seen_by,
     two_row_positions,
 )
 
@@ -59,13 +60,13 @@ def eager_attention(
 class ChatGLMAttention(nn.Module):
     """Multi-head attention; query_key_value is [head, (q, k, v), head_dim] along its output."""
 
-    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+    def __init__(self, config: ChatGLMConfig, dims: Dims, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = dims.head_dim
         self.scaling = self.head_dim**-0.5
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = nn.Linear(dims.hidden, 3 * dims.hidden)
+        self.dense = nn.Linear(dims.hidden, dims.hidden)
 
     def forward(
         self,
@@ -91,10 +92,10 @@ class ChatGLMAttention(nn.Module):
 class ChatGLMMLP(nn.Module):
     """Two linear layers with the tanh form of GELU between them."""
 
-    def __init__(self, config: ChatGLMConfig) -> None:
+    def __init__(self, dims: Dims) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
-        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+        self.dense_h_to_4h = nn.Linear(dims.hidden, dims.ffn)
+        self.dense_4h_to_h = nn.Linear(dims.ffn, dims.hidden)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         output: Tensor = self.dense_4h_to_h(
@@ -106,12 +107,12 @@ class ChatGLMMLP(nn.Module):
 class ChatGLMBlock(GradientCheckpointingLayer):
     """One layer; the residuals are LayerNorm outputs times alpha."""
 
-    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+    def __init__(self, config: ChatGLMConfig, dims: Dims, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.attention = ChatGLMAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.mlp = ChatGLMMLP(config)
+        self.input_layernorm = nn.LayerNorm(dims.hidden, eps=config.layernorm_epsilon)
+        self.attention = ChatGLMAttention(config, dims, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(dims.hidden, eps=config.layernorm_epsilon)
+        self.mlp = ChatGLMMLP(dims)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         normed = self.input_layernorm(hidden_states)
@@ -143,9 +144,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([ChatGLMBlock(config, i) for i in range(config.num_layers)])
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        dims = FAMILY.dims(
+            config.to_dict()
+        )  # which also says what is missing or unknown in the configuration
+        self.head_dim, self.vocab_size = dims.head_dim, dims.vocab
+        self.word_embeddings = nn.Embedding(dims.vocab, dims.hidden)
+        self.layers = nn.ModuleList([ChatGLMBlock(config, dims, i) for i in range(dims.layers)])
+        self.final_layernorm = nn.LayerNorm(dims.hidden, eps=config.layernorm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -197,9 +202,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 f"[batch, 2, {inputs_embeds.shape[1]}]."
             )
         mask = self._mask(inputs_embeds, attention_mask, position_ids, past_key_values, cached)
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
         angles = getattr(torch, self.config.rotary_dtype) if self.config.rotary_dtype else None
-        rotary = rotary_tables(position_ids, head_dim, inputs_embeds.dtype, angles)
+        rotary = rotary_tables(position_ids, self.head_dim, inputs_embeds.dtype, angles)
 
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -247,7 +251,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if attention_mask is not None and attention_mask.ndim > 2:
             if attention_mask.dtype != torch.bool:
                 return attention_mask
-            seen = seen_by(attention_mask, length)
+            masked = attention_mask if attention_mask.ndim == 4 else attention_mask[:, None]
+            seen = ~masked[:, :, -length:]
             if self.config._attn_implementation != "eager":
                 return seen
             lowest = torch.finfo(inputs_embeds.dtype).min
@@ -280,7 +285,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, self.transformer.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

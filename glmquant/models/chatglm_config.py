@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from ..errors import UsageError
+
 
 class ChatGLMConfig(PreTrainedConfig):
     """Configuration of ChatGLM-6B; it also holds that of ChatGLM2-6B, 3 and GLM-4-9B-chat as it was found.
@@ -31,6 +33,7 @@ class ChatGLMConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "num_layers"}
 
+    # Those without a default are always written to config.json, by which the generations are told apart.
     num_layers: int = 28
     hidden_size: int = 4096
     num_attention_heads: int = 32
@@ -38,7 +41,7 @@ class ChatGLMConfig(PreTrainedConfig):
     vocab_size: int | None = None
     inner_hidden_size: int | None = None
     max_sequence_length: int | None = None
-    position_encoding_2d: bool | None = None
+    position_encoding_2d: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -49,6 +52,8 @@ class ChatGLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.rotary_dtype not in (None, "float16", "float32"):
+            raise UsageError(f"rotary_dtype is {self.rotary_dtype!r}; use float16, float32 or nothing.")
         later = "padded_vocab_size" in kwargs
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = not later

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 _ROTARY_BASE = 10000.0
 
 
-def two_row_positions(config: ChatGLMConfig, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def two_row_positions(
+    config: ChatGLMConfig, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
     """Positions of whole sequences, padded on either side.
 
     Args:
@@ -49,23 +51,25 @@ def two_row_positions(config: ChatGLMConfig, input_ids: Tensor, attention_mask: 
     gmasks = (input_ids == config.gmask_token_id) & real
     masks = (input_ids == config.mask_token_id) & real
     has_gmask = gmasks.any(-1)
-    for row, (start, mask) in enumerate(zip(starts.any(-1).tolist(), (has_gmask | masks.any(-1)).tolist())):
-        if not (start and mask):
-            lacks = (
-                f"neither [gMASK] (id {config.gmask_token_id}) nor [MASK] (id {config.mask_token_id})"
-                if start
-                else f"no <sop> (id {config.bos_token_id})"
-            )
-            raise UsageError(
-                f"row {row} of input_ids has {lacks}; a prompt of ChatGLM-6B ends in [gMASK] <sop>, which its "
-                "tokenizer appends."
-            )
+    _every_row(starts.any(-1), f"no <sop> (id {config.bos_token_id})")
+    _every_row(
+        has_gmask | masks.any(-1),
+        f"neither [gMASK] (id {config.gmask_token_id}) nor [MASK] (id {config.mask_token_id})",
+    )
     index = real.cumsum(-1) - 1
     # argmax is the first of several. [MASK] counts only where there is no [gMASK], wherever it stands.
     blank = torch.where(has_gmask, gmasks.int().argmax(-1), masks.int().argmax(-1))
     answer = (starts.cumsum(-1) > 0) & real
     rows = torch.where(answer, index.gather(-1, blank[:, None]), index), answer.cumsum(-1)
     return torch.stack(rows, 1) * real[:, None]
+
+
+def _every_row(has: Tensor, lacking: str) -> None:
+    if not bool(has.all()):
+        raise UsageError(
+            f"row {has.tolist().index(False)} of input_ids has {lacking}; a prompt of ChatGLM-6B ends in [gMASK] "
+            "<sop>, which its tokenizer appends."
+        )
 
 
 def hold_first_row(position_ids: Tensor) -> Tensor:
@@ -108,25 +112,8 @@ def rotary_tables(
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate queries or keys [batch, heads, length, head_dim]; in either half, column j goes with j + head_dim/4."""
-    first, second = states.unflatten(-1, (2, 2, -1)).unbind(-2)
+    first, second = states.view(*states.shape[:-1], 2, 2, -1).unbind(-2)
     return states * cos + torch.stack((-second, first), -2).flatten(-3) * sin
-
-
-def seen_by(masked: Tensor, queries: int) -> Tensor:
-    """THUDM's mask turned into that of `torch.nn.functional.scaled_dot_product_attention`.
-
-    Args:
-        masked: bool [batch, 1, queries or more, keys] or [batch, queries or more, keys], True where a query may
-            not see a key.
-        queries: how many of the last queries are wanted.
-
-    Returns:
-        bool [batch, 1, queries, keys], True where it may. Padding queries, which see nothing in THUDM's mask, see
-        everything: nobody reads what they give, and it must not be NaN.
-    """
-    masked = masked if masked.ndim == 4 else masked[:, None]
-    seen = ~masked[:, :, -queries:]
-    return seen | ~seen.any(-1, keepdim=True)
 
 
 def padding_of(masked: Tensor, input_ids: Tensor, config: ChatGLMConfig) -> Tensor:
