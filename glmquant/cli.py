@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from ._chat_cli import chat
 from ._version import __version__
 from .errors import GlmquantError, UsageError
 from .recipe import Recipe, parse_size
@@ -103,6 +104,7 @@ def main(debug: bool) -> None:
     glmquant inspect chatglm3-6b
     glmquant convert chatglm3-6b chatglm3-6b-int4
     glmquant verify  chatglm3-6b-int4 --source chatglm3-6b
+    glmquant chat    chatglm3-6b-int4
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
 
 
@@ -397,6 +399,8 @@ def _progress(
         task = bar.add_task(verb, total=None, tensor="")
         yield lambda done, total, name: bar.update(task, completed=done, total=total, tensor=name)
 
+
+main.add_command(chat)
 
 if __name__ == "__main__":
     main()

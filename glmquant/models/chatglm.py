@@ -144,9 +144,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
-        dims = FAMILY.dims(
-            config.to_dict()
-        )  # which also says what is missing or unknown in the configuration
+        # The table also says what is missing or unknown in the configuration.
+        dims = FAMILY.dims(config.to_dict())
         self.head_dim, self.vocab_size = dims.head_dim, dims.vocab
         self.word_embeddings = nn.Embedding(dims.vocab, dims.hidden)
         self.layers = nn.ModuleList([ChatGLMBlock(config, dims, i) for i in range(dims.layers)])

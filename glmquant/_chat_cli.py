@@ -1,0 +1,228 @@
+"""``glmquant chat``: a conversation on a terminal or through a pipe.
+
+On a terminal the answers appear as they are written. Where stdin is no terminal, every line is a query of one
+conversation, and stdout gets the answers and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import click
+
+from .errors import GlmquantError, UsageError
+
+_HELP = """\
+/clear        forget the conversation (or: clear)
+/system TEXT  forget the conversation and start one with this instruction; without TEXT, with none
+/history      show the conversation
+/stop         leave (or: stop, Ctrl-D, Ctrl-C twice)
+Ctrl-C stops an answer. Anything else is said to the model."""
+_WELCOME = "Type to talk; /clear forgets the conversation, /stop ends, /help lists all commands."
+# ChatGLM-6B's answers get full-width marks where the next character is Chinese, so the last one may still change.
+_MAY_CHANGE = tuple(",!:;?")
+
+
+class Conversation:
+    """A model, its tokenizer and what has been said.
+
+    Args:
+        model: what `glmquant.load` returns.
+        tokenizer: what `glmquant.load_tokenizer` returns.
+        system: instruction in front of the conversation; not every generation has such a role.
+        options: for the model's `stream_chat`; what is left out is the generation's default.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, system: str | None = None, **options: Any) -> None:
+        self._model, self._tokenizer, self._options = model, tokenizer, options
+        self.start(system)
+
+    def start(self, system: str | None) -> None:
+        """Forget what was said."""
+        self.system = system
+        self.history: list[Any] = [{"role": "system", "content": system}] if system else []
+
+    def ask(self, query: str) -> Iterator[str]:
+        """The answer as far as it is written, again and again.
+
+        A conversation that is broken off keeps the part of the answer that was there.
+        """
+        stream = self._model.stream_chat(self._tokenizer, query, history=list(self.history), **self._options)
+        with contextlib.closing(stream):
+            for response, history in stream:
+                self.history = history
+                # ChatGLM3 gives a call of a tool as a dictionary
+                yield response if isinstance(response, str) else "\n".join(map(str, response.values()))
+
+    def lines(self) -> Iterator[str]:
+        """What was said, for people; both forms of history that the generations have."""
+        for item in self.history:
+            if isinstance(item, dict):
+                yield f"{item['role']}: {item['content']}"
+            else:
+                yield from (f"user: {item[0]}", f"assistant: {item[1]}")
+
+
+def show(answer: Iterable[str], write: Callable[[str], None]) -> None:
+    """Write an answer while it grows: only what comes new, and only what will stay."""
+    shown = text = ""
+    for text in answer:
+        ready = text[:-1] if text.endswith(_MAY_CHANGE) else text
+        if ready.startswith(shown):
+            write(ready[len(shown) :])
+            shown = ready
+    write(text[len(shown) :] if text.startswith(shown) else "\n" + text)
+
+
+def _write(text: str) -> None:
+    click.echo(text, nl=False)
+
+
+def reply(conversation: Conversation, query: str) -> None:
+    """Answer on stdout: word by word on a terminal, else in one piece."""
+    answer = conversation.ask(query)
+    if sys.stdout.isatty():
+        show(answer, _write)
+    else:
+        _write("".join(deque(answer, maxlen=1)))
+    click.echo()
+
+
+def follow(conversation: Conversation, queries: Iterable[str]) -> None:
+    """Answer line after line; commands work here too, and what they show goes to stderr."""
+    for line in queries:
+        query = line.strip()
+        if query and not command(conversation, query, err=True):
+            reply(conversation, query)
+
+
+def talk(conversation: Conversation) -> None:
+    """Ask and answer on a terminal until the user leaves."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() arrow keys and a history
+    click.echo(_WELCOME)
+    warned = False
+    while True:
+        try:
+            query = input("\nYou: ").strip()
+        except EOFError:
+            return click.echo()
+        except UnicodeDecodeError:
+            click.echo("that was not UTF-8; try again.", err=True)
+            continue
+        except KeyboardInterrupt:
+            if warned:
+                return click.echo()
+            click.echo("\nCtrl-C once more, Ctrl-D or /stop to leave.")
+            warned = True
+            continue
+        warned = False
+        query = {"stop": "/stop", "clear": "/clear"}.get(query, query)
+        if not query:
+            continue
+        try:
+            if command(conversation, query):
+                continue
+            _write("ChatGLM: ")
+            reply(conversation, query)
+        except KeyboardInterrupt:
+            click.echo(" (stopped)")
+        except GlmquantError as error:
+            click.echo(f"\nglmquant: {error}", err=True)
+
+
+def command(conversation: Conversation, line: str, err: bool = False) -> bool:
+    """Do what a line that starts with a command says; False for any other line."""
+    name, _, rest = line.partition(" ")
+    if name in ("/stop", "/exit", "/quit"):
+        raise click.exceptions.Exit(0)
+    if name == "/system":
+        conversation.start(rest.strip() or None)
+        click.echo(
+            "A new conversation" + (", with this instruction." if conversation.system else "."), err=err
+        )
+    elif rest:
+        return False
+    elif name == "/clear":
+        conversation.start(conversation.system)
+        if not err:
+            click.clear()
+            click.echo(_WELCOME)
+    elif name == "/history":
+        for said in conversation.lines():
+            click.echo(said, err=err)
+    elif name == "/help":
+        click.echo(_HELP, err=err)
+    else:
+        return False
+    return True
+
+
+@click.command()
+@click.argument("out")
+@click.option("--prompt", metavar="TEXT", help="Answer this, and end.")
+@click.option("--system", metavar="TEXT", help="Instruction for the model (ChatGLM3, GLM-4).")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+@click.option(
+    "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Default: as config.json says."
+)
+@click.option("--max-length", type=click.IntRange(1), metavar="N", help="Tokens of conversation and answer.")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), metavar="T")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P")
+@click.option("--greedy", is_flag=True, help="Always the likeliest token.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+def chat(
+    out: str,
+    prompt: str | None,
+    system: str | None,
+    device: str,
+    dtype: str | None,
+    max_length: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    greedy: bool,
+    seed: int | None,
+) -> None:
+    """Talk to the model in the folder OUT.
+
+    \b
+    glmquant chat chatglm3-6b-int4                            on the terminal; /help lists the commands
+    glmquant chat chatglm3-6b-int4 --prompt "你好" --greedy    one answer
+    glmquant chat chatglm3-6b-int4 < questions.txt            each line is a query, stdout gets the answers
+
+    Sampling is that of the model's generation where no option says otherwise.
+    """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
+    if greedy and (temperature is not None or top_p is not None):
+        raise UsageError("--greedy takes the likeliest token, so leave out --temperature and --top-p.")
+    given = {"max_length": max_length, "temperature": temperature, "top_p": top_p}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if greedy:
+        options["do_sample"] = False
+    on_terminal = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    if on_terminal:
+        click.echo(f"loading {out} ...", err=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
+
+    from . import load, load_tokenizer
+
+    tokenizer = load_tokenizer(out)
+    conversation = Conversation(load(out, device=device, dtype=dtype), tokenizer, system, **options)
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)
+    if prompt is not None:
+        reply(conversation, prompt)
+    elif on_terminal:
+        # From here on Ctrl-C is part of the conversation, and no sign that the program failed.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        talk(conversation)
+    else:
+        follow(conversation, (line.decode(errors="replace") for line in sys.stdin.buffer))
