@@ -177,6 +177,9 @@ def command(conversation: Conversation, line: str, err: bool = False) -> bool:
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P")
 @click.option("--greedy", is_flag=True, help="Always the likeliest token.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option(
+    "--truncate", is_flag=True, help="Leave out the oldest part of a conversation that is too long."
+)
 def chat(
     out: str,
     prompt: str | None,
@@ -188,6 +191,7 @@ def chat(
     top_p: float | None,
     greedy: bool,
     seed: int | None,
+    truncate: bool,
 ) -> None:
     """Talk to the model in the folder OUT.
 
@@ -204,6 +208,8 @@ def chat(
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if greedy:
         options["do_sample"] = False
+    if truncate:
+        options["truncate"] = True
     on_terminal = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
         click.echo(f"loading {out} ...", err=True)
