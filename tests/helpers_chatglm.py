@@ -26,9 +26,10 @@ MODELS = ("tiny-3l", "tiny-28l")
 
 def golden_file(name: str) -> Path:
     """A file or folder of chatglm-6b's golden data; the test is skipped where it is not at hand."""
-    for root in (SHARED / "golden", GOLDEN):
-        if (root / "chatglm-6b" / name).exists():
-            return root / "chatglm-6b" / name
+    # expected/ is apart here, so that a model's folder has its weights and nothing else
+    for folder in (SHARED / "golden/chatglm-6b", GOLDEN / "chatglm-6b", GOLDEN / "chatglm-6b/expected"):
+        if (folder / name).exists():
+            return folder / name
     pytest.skip(f"needs golden/chatglm-6b/{name} of the reference data (GLMQUANT_SHARED, or ../shared)")
 
 
@@ -42,7 +43,7 @@ def cases(model: str, quantity: str) -> list[str]:
     try:
         names = expected(model)
     except pytest.skip.Exception:
-        names = load_file(GOLDEN / "chatglm-6b/tiny-3l/expected.safetensors")
+        names = load_file(GOLDEN / "chatglm-6b/expected/tiny-3l/expected.safetensors")
     return sorted(name.removesuffix("." + quantity) for name in names if name.endswith("." + quantity))
 
 
