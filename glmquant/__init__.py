@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .recipe import Recipe
     from .scheme import QuantizedTensor, Scheme
+    from .tokenizers.loading import load_tokenizer
 
 _HOMES = {
     "ConvertResult": "_convert", "convert": "_convert", "plan_conversion": "_convert",
@@ -44,12 +45,14 @@ _HOMES = {
     "QuantizedSourceError": "errors", "SourceError": "errors", "UnsafeFileError": "errors",
     "UsageError": "errors", "VerificationError": "errors",
     "Plan": "plan", "Recipe": "recipe", "QuantizedTensor": "scheme", "Scheme": "scheme",
+    "load_tokenizer": "tokenizers.loading",
 }  # fmt: skip
 
 __all__ = [
     "ConvertResult", "GlmquantError", "Inspection", "OutputError", "Plan", "QuantizationError",
     "QuantizedSourceError", "QuantizedTensor", "Recipe", "Scheme", "SourceError", "UnsafeFileError", "UsageError",
-    "Verification", "VerificationError", "__version__", "convert", "inspect", "plan_conversion", "verify",
+    "Verification", "VerificationError", "__version__", "convert", "inspect", "load_tokenizer",
+    "plan_conversion", "verify",
 ]  # fmt: skip
 
 
