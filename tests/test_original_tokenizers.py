@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_tokenizers import golden_tokenizer, original_folder, require_published
+from helpers_tokenizers import golden_tokenizer, messages_of, original_folder, require_published
 
 import glmquant
 from glmquant.errors import SourceError, UsageError
@@ -238,6 +238,27 @@ def test_glm4_chat_template() -> None:
             expected["messages"], add_generation_prompt=True, return_dict=False
         )
         assert ids == expected["input_ids"], name
+
+
+@pytest.mark.parametrize("name", ["chatglm2-6b", "chatglm3-6b"])
+def test_chat_template(name: str) -> None:
+    """The ids of chat(), whatever template the folder carries, and for text that spells special tokens too."""
+    tokenizer, conversations = load(name), golden_tokenizer(name)["conversations"]
+    messages = {title: messages_of(name, expected) for title, expected in conversations.items()}
+    for title, expected in conversations.items():
+        encoding = tokenizer.apply_chat_template(messages[title], add_generation_prompt=True)
+        assert encoding["input_ids"] == expected["input_ids"], title
+        assert encoding["attention_mask"] == [1] * len(expected["input_ids"])
+    both = [messages["single_zh"], messages["two_turns"]]
+    batch = tokenizer.apply_chat_template(both, add_generation_prompt=True, padding=True, return_tensors="pt")
+    assert batch["input_ids"][1].tolist() == conversations["two_turns"]["input_ids"]
+    assert batch["attention_mask"].sum(-1).tolist()[0] == len(conversations["single_zh"]["input_ids"])
+    ids = tokenizer.apply_chat_template(
+        both[0], return_dict=False, return_tensors="pt", add_generation_prompt=True
+    )
+    assert ids.tolist() == [conversations["single_zh"]["input_ids"]]
+    text = tokenizer.apply_chat_template(messages["special_lookalike"], tokenize=False)
+    assert "please print <|user|> and [gMASK] <sop>" in text
 
 
 def test_no_network_and_no_files(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
+import signal
 import threading
 import time
 from typing import Any
@@ -138,6 +140,27 @@ def test_generation_ends_when_nobody_listens(leave: str) -> None:
     computed = model.forwarded
     time.sleep(0.05)
     assert model.forwarded == computed
+
+
+def test_ctrl_c_stops_the_answer() -> None:
+    model, tokenizer = small_model("chatglm2-6b"), tokenizer_of("chatglm2-6b")
+    row = tokenizer.convert_tokens_to_ids("好")
+    stream = model.stream_chat(
+        tokenizer,
+        "你好",
+        logits_processor=[Script([row] * 10000)],
+        max_new_tokens=9000,
+        return_past_key_values=True,
+    )
+    last = collections.deque([next(stream)], maxlen=1)
+    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        last.extend(stream)
+    _, history, cache = last[0]
+    assert not generating()
+    assert history[-1][1].startswith("好好")
+    assert len(cache.token_ids) == cache.get_seq_length() > 2
 
 
 def test_nothing_runs_before_the_first_step() -> None:

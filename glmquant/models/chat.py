@@ -79,10 +79,8 @@ class _Request:
     history: History
     role: str
     ids: list[int]
+    input_ids: Tensor
     arguments: dict[str, Any]
-
-    def input_ids(self, model: Any) -> Tensor:
-        return torch.tensor([self.ids], device=model.device)
 
     def answer(self, text: str) -> tuple[Response, History]:
         return self.prompt.reply(text, self.query, self.history, self.role)
@@ -137,7 +135,7 @@ def chat(
         model, tokenizer, query, history, role, max_length, do_sample, top_p, temperature, logits_processor,
         truncate, encode_special_tokens, {"num_beams": num_beams, **kwargs},
     )  # fmt: skip
-    output = model.generate(request.input_ids(model), **request.arguments)
+    output = model.generate(request.input_ids, **request.arguments)
     sequence: list[int] = getattr(output, "sequences", output)[0].tolist()
     transcript = Transcript(request.prompt.decode)
     transcript.ids = _without_stop(sequence[len(request.ids) :], request)
@@ -225,7 +223,7 @@ def _stream(
     seen: list[int] = []
     stops = set(request.arguments["eos_token_id"])
     shown = None
-    tokens = generate_tokens(model, request.input_ids(model), **arguments)
+    tokens = generate_tokens(model, request.input_ids, **arguments)
     try:
         for row in tokens:
             seen.append(row)
@@ -277,8 +275,10 @@ def _request(
         "temperature": prompt.sampling.temperature if temperature is None else temperature,
     }
     processors = [InvalidScoreLogitsProcessor(prompt.fallback), *(logits_processor or ())]
+    # With weights offloaded to disk there is no device to see; transformers moves the ids where they are needed.
+    input_ids = torch.tensor([ids], device="cpu" if model.device.type == "meta" else model.device)
     arguments = {
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.long, device=model.device),
+        "attention_mask": torch.ones_like(input_ids),
         # The folder's generation_config.json may have a max_length; the two together make transformers warn.
         "max_length": None,
         "max_new_tokens": limit - len(ids) if new_tokens is None else min(new_tokens, limit - len(ids)),
@@ -291,7 +291,7 @@ def _request(
     }
     if isinstance(arguments["eos_token_id"], int):
         arguments["eos_token_id"] = [arguments["eos_token_id"]]
-    return _Request(prompt, query, checked, role, ids, arguments)
+    return _Request(prompt, query, checked, role, ids, input_ids, arguments)
 
 
 def _fit(prompt: Prompt, query: str, history: History, role: str, limit: int, room: int | None) -> list[int]:

@@ -29,7 +29,7 @@ class Transcript:
 
     Attributes:
         ids: every id so far.
-        text: the text so far; never ends inside a character.
+        text: the text so far. It ends inside a character only where the model has written bytes that are no text.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:

@@ -7,12 +7,13 @@ decodes, where ChatGLM2 leaves them out.
 from __future__ import annotations
 
 import re
+from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import SourceError, UsageError
-from .chatglm import ROLE_TOKENS, TOKENS
+from .chatglm import GUARD, ROLE_TOKENS, TOKENS
 from .common import load_pieces
 from .kind import Kind
 from .original import OriginalTokenizer, tokens_behind
@@ -87,6 +88,54 @@ class ChatGLM2Tokenizer(OriginalTokenizer):
     def get_prefix_tokens(self) -> list[int]:
         """The ids in front of every text: ``[gMASK] sop``."""
         return [self._special["[gMASK]"], self._special["sop"]]
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: Any = None,
+        *,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Ids of the published ``chat()``; see transformers for the arguments.
+
+        The template is the one that converted folders get. What later ChatGLM3 folders carry is an
+        approximation, and cannot say which text is a role.
+        """
+        options["chat_template"] = (files(__package__) / f"{self.kind}.jinja").read_text(encoding="utf-8")
+        rendered = super().apply_chat_template(conversation, tools, tokenize=False, **options)
+        texts = [rendered] if isinstance(rendered, str) else rendered
+        if not tokenize:
+            plain = [text.replace(GUARD, "") for text in texts]
+            return plain[0] if isinstance(rendered, str) else plain
+        ids = [self._rendered_ids(text) for text in texts]
+        encoding = self(
+            ids[0] if isinstance(rendered, str) else ids,
+            add_special_tokens=False,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            **(tokenizer_kwargs or {}),
+        )
+        return encoding if return_dict else encoding["input_ids"]
+
+    def _rendered_ids(self, text: str) -> list[int]:
+        # The template breaks what messages say by a guard, so a special token here is the template's own.
+        ids: list[int] = []
+        for part in re.split("(" + "|".join(map(re.escape, self._special)) + ")", text):
+            ids += (
+                [self._special[part]]
+                if part in self._special
+                else self._pieces.encode(part.replace(GUARD, ""))
+            )
+        return ids
 
     def _control_ids(self) -> list[int]:
         return [0, 1, 2, *self._special_texts]
