@@ -32,9 +32,11 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from .models.chat import chat, stream_chat
     from .plan import Plan
     from .recipe import Recipe
     from .scheme import QuantizedTensor, Scheme
+    from .tokenizers.loading import load_tokenizer
 
 _HOMES = {
     "ConvertResult": "_convert", "convert": "_convert", "plan_conversion": "_convert",
@@ -44,12 +46,14 @@ _HOMES = {
     "QuantizedSourceError": "errors", "SourceError": "errors", "UnsafeFileError": "errors",
     "UsageError": "errors", "VerificationError": "errors",
     "Plan": "plan", "Recipe": "recipe", "QuantizedTensor": "scheme", "Scheme": "scheme",
+    "load_tokenizer": "tokenizers.loading", "chat": "models.chat", "stream_chat": "models.chat",
 }  # fmt: skip
 
 __all__ = [
     "ConvertResult", "GlmquantError", "Inspection", "OutputError", "Plan", "QuantizationError",
     "QuantizedSourceError", "QuantizedTensor", "Recipe", "Scheme", "SourceError", "UnsafeFileError", "UsageError",
-    "Verification", "VerificationError", "__version__", "convert", "inspect", "plan_conversion", "verify",
+    "Verification", "VerificationError", "__version__", "chat", "convert", "inspect", "load_tokenizer",
+    "plan_conversion", "stream_chat", "verify",
 ]  # fmt: skip
 
 

@@ -10,18 +10,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from . import _quantize, formats, quantizers
+from . import _native, formats
 from ._hashing import BackgroundHasher, sha256
 from ._open import OpenedSource, PathLike, open_source
-from ._quantize import ItemError, Task, TaskResult
 from ._report import build_report, item_entry
 from ._sidecars import sidecar_files, to_json
-from ._verify import check_written
 from ._version import __version__
 from .checkpoint.output import REPORT, OutputFolder, check_out, show_size, write_synced
 from .checkpoint.sink import ShardedSink, ShardLayout
@@ -29,6 +26,9 @@ from .checkpoint.source import TensorSource
 from .errors import OutputError, UsageError
 from .plan import Plan, make_plan
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from ._quantize import Task, TaskResult
 
 _MOST_WORKERS = 8
 
@@ -38,11 +38,19 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What a conversion did. `report` is the content of ``quantization_report.json``."""
+    """What a conversion did.
+
+    Attributes:
+        out: the folder that was written.
+        plan: what was decided.
+        report: the content of ``quantization_report.json``.
+        hints: what this machine lacks to go faster, as sentences. Nothing of it shows in what was written.
+    """
 
     out: Path
     plan: Plan
     report: dict[str, Any]
+    hints: tuple[str, ...] = ()
 
 
 def plan_conversion(
@@ -97,21 +105,25 @@ def convert(
     with OutputFolder(folder, _digest(plan, opened), resume=resume, force=force) as output:
         finished = _whole_shards(output, plan)
         _check_room(plan, finished, output.partial)
-        with _tuned_for_blocks(), BackgroundHasher(opened.source.files) as hasher:
+        # Hashing comes first: it has the second in which torch is loaded to itself.
+        with BackgroundHasher(opened.source.files) as hasher, _tuned_for_blocks():
             hashes, entries = _write_weights(
                 plan, opened, output, finished, workers or _cores(), hasher, progress
             )
             source_files = hasher.result()
+        from . import _verify
+
         for name, data in files.items():
             write_synced(output.partial / name, data)
         if len(plan.shards) > 1:
             files["model.safetensors.index.json"] = index = to_json(_index(plan))
             write_synced(output.partial / "model.safetensors.index.json", index)
-        check_written(output.partial, plan)
+        _verify.check_written(output.partial, plan)
         report = build_report(plan, opened, source_files, hashes, files, entries)
         write_synced(output.partial / REPORT, to_json(report))
         output.commit()
-    return ConvertResult(folder, plan, report)
+    slow = _native.why_not() if plan.recipe.method else None
+    return ConvertResult(folder, plan, report, (f"worked without compiled kernels: {slow}.",) if slow else ())
 
 
 def _write_weights(
@@ -124,6 +136,8 @@ def _write_weights(
     progress: Progress | None,
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Quantize and write every shard that is not finished; returns hashes by file and report entries by item."""
+    from . import _quantize, quantizers
+
     fmt = formats.get(str(plan.recipe.format))
     quantizer = quantizers.get(plan.recipe.method) if plan.recipe.method else None
     shard_of = {tensor.name: shard for shard in plan.shards for tensor in shard.tensors}
@@ -151,7 +165,7 @@ def _write_weights(
             todo.extend(_quantize.tasks(item, fmt.row_multiple))
     hasher.consumed(done)
     shards = _SourceShards(opened.source, todo)
-    error = ItemError()
+    error = _quantize.ItemError()
     try:
         for task, result in _in_order(
             todo, workers, lambda t: _quantize.run(t, opened.source, quantizer, fmt)
@@ -161,7 +175,7 @@ def _write_weights(
             if task.stop == (item.shape[0] if item.shape else 1):
                 entry = item_entry(item, error)
                 entries[item.name] = by_shard[shard_of[item.outputs[0].name].file][item.name] = entry
-                error = ItemError()
+                error = _quantize.ItemError()
             for name, rows in result.rows.items():
                 sink.write_rows(name, rows)
             shards.done(task)
@@ -226,7 +240,7 @@ def _in_order(
 def _digest(plan: Plan, opened: OpenedSource) -> str:
     """Identifies what would be written, so that nothing else is resumed."""
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in opened.source.files]
-    return plan.digest(__version__, torch.__version__, repr(state))
+    return plan.digest(__version__, version("torch"), repr(state))
 
 
 def _whole_shards(output: OutputFolder, plan: Plan) -> dict[str, Any]:
@@ -292,6 +306,8 @@ def _tuned_for_blocks() -> Iterator[None]:
     default returns blocks of this size to the kernel when they are freed, and every new one is paid for with page
     faults, which cost more than the arithmetic; it is told to keep them.
     """
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     _keep_freed_blocks(True)

@@ -14,7 +14,7 @@ from .errors import GlmquantError, QuantizationError
 from .families import Role
 from .formats import Format, StoredWeight
 from .plan import Item
-from .quantizers import Quantizer
+from .quantizers import Quantizer, native
 from .quantizers.grid import largest_magnitude
 from .scheme import QuantizedTensor, Scheme
 
@@ -104,16 +104,19 @@ def _quantized(
         stored = fmt.encode(item.name, quantized)
         weight = StoredWeight(item.name, scheme, (block.shape[0], block.shape[1]))
         _compare(quantized, fmt.decode(stored, weight), item, fmt)
-        exact = block.to(
-            torch.float32, copy=True
-        )  # a copy always: rows of a float32 source are the file itself
-        error = quantized.dequantize().sub_(exact)
-        result.squared_error += _square_sum(error)
-        result.squared_norm += _square_sum(exact)
+        squared_error, squared_norm = native.squared_sums(block, quantized) or _squared_sums(block, quantized)
+        result.squared_error += squared_error
+        result.squared_norm += squared_norm
         for name, tensor in stored.items():
             pieces.setdefault(name, []).append(tensor)
     result.rows = {name: torch.cat(parts) for name, parts in pieces.items()}
     return result
+
+
+def _squared_sums(block: torch.Tensor, quantized: QuantizedTensor) -> tuple[float, float]:
+    """``||w - w'||**2`` and ``||w||**2``."""
+    exact = block.to(torch.float32, copy=True)  # always: rows of a float32 source are the file itself
+    return _square_sum(quantized.dequantize().sub_(exact)), _square_sum(exact)
 
 
 def _square_sum(block: torch.Tensor) -> float:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._open import OpenedSource
-from ._quantize import ItemError
 from ._version import __version__
 from .plan import Item, Plan
+
+if TYPE_CHECKING:
+    from ._quantize import ItemError
 
 _PACKAGES = ("torch", "safetensors")
 

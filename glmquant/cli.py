@@ -258,7 +258,7 @@ def convert(
         )
     if as_json:
         return click.echo(json.dumps({"out": str(result.out), **result.report}, indent=2))
-    for note in result.plan.notes:
+    for note in [*result.plan.notes, *result.hints]:
         click.echo(f"note: {note}")
     summary = result.report["summary"]
     ratio = summary["source_bytes"] / summary["bytes"]

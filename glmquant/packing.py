@@ -1,8 +1,8 @@
 """Bit packing, and nothing else: signed codes to the words of a file and back.
 
-All functions are pure and work on whole rows. Two codes that share a byte are joined inside an int16 view,
-one narrow operation per pair, which is several times faster than shifting one int32 per code. The views
-assume a little-endian machine, as safetensors files do.
+All functions are pure and work on whole rows. Without compiled kernels, two codes that share a byte are joined
+inside an int16 view, one narrow operation per pair, which is several times faster than shifting one int32 per
+code. The views assume a little-endian machine, as safetensors files do.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 
 import torch
+
+from . import _native
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine runs torch wheels today
     raise ImportError("glmquant needs a little-endian machine")
@@ -37,6 +39,15 @@ def _split_nibbles(joined: torch.Tensor) -> torch.Tensor:
     return ((pairs | (pairs << 4)) & 0x0F0F).view(torch.uint8)
 
 
+def _compiled(kernel: str, data: torch.Tensor, out: torch.Tensor, count: int) -> torch.Tensor | None:
+    """`out`, filled by a function of ``kernels/cpu`` from `count` bytes or pairs of `data`; None without kernels."""
+    library = _native.library()
+    if library is None or data.device.type != "cpu" or not data.is_contiguous():
+        return None
+    getattr(library, "glmquant_" + kernel)(data.data_ptr(), count, out.data_ptr())
+    return out
+
+
 def pack_int32(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack along the last dimension, lowest bits first, as unsigned ``code + 2**(bits-1)``.
 
@@ -48,6 +59,11 @@ def pack_int32(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 [rows, ceil(columns * bits / 32)].
     """
     per_word = 32 // bits
+    if bits == 4 and codes.shape[1] % per_word == 0:
+        words = codes.new_empty(codes.shape[0], codes.shape[1] // per_word, dtype=torch.int32)
+        packed = _compiled("pack_low_first", codes, words, codes.numel() // 2)
+        if packed is not None:
+            return packed
     unsigned = _unsigned(codes, bits)
     missing = -codes.shape[1] % per_word
     if missing:
@@ -60,7 +76,12 @@ def pack_int32(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_int32(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Inverse of `pack_int32`: int32 [rows, words] -> int8 [rows, columns]."""
     stored = words.reshape(-1).view(torch.uint8)  # flat as in `_unsigned`
-    signed = (stored ^ 0x80).view(torch.int8) if bits == 8 else _split_nibbles(stored).view(torch.int8) - 8
+    if bits == 8:
+        signed = (stored ^ 0x80).view(torch.int8)
+    else:
+        codes = stored.new_empty(2 * len(stored), dtype=torch.int8)
+        found = _compiled("unpack_low_first", stored, codes, len(stored))
+        signed = found if found is not None else _split_nibbles(stored).view(torch.int8) - 8
     return signed.view(words.shape[0], words.shape[1] * 32 // bits)[:, :columns]
 
 
@@ -73,12 +94,22 @@ def pack_nibbles_high_first(codes: torch.Tensor) -> torch.Tensor:
     Returns:
         int8 [rows, columns / 2].
     """
-    pairs = codes.contiguous().view(torch.int16)  # low byte: even column, high byte: odd column
+    codes = codes.contiguous()
+    packed = codes.new_empty(codes.shape[0], codes.shape[1] // 2)
+    found = _compiled("pack_high_first", codes, packed, packed.numel())
+    if found is not None:
+        return found
+    pairs = codes.view(torch.int16)  # low byte: even column, high byte: odd column
     return ((pairs << 4) | ((pairs >> 8) & 0xF)).to(torch.int8)
 
 
 def unpack_nibbles_high_first(packed: torch.Tensor) -> torch.Tensor:
     """Inverse of `pack_nibbles_high_first`: int8 [rows, n] -> int8 [rows, 2n]."""
-    stored = packed.contiguous().view(torch.uint8).to(torch.int16)
+    packed = packed.contiguous()
+    codes = packed.new_empty(packed.shape[0], packed.shape[1] * 2)
+    found = _compiled("unpack_high_first", packed, codes, packed.numel())
+    if found is not None:
+        return found
+    stored = packed.view(torch.uint8).to(torch.int16)
     nibbles = ((stored >> 4) | (stored << 8)) & 0x0F0F  # low byte: even column
     return (nibbles.view(torch.int8) ^ 8) - 8  # sign extension of four bits

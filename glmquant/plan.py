@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from . import families, formats, quantizers
+from . import families, formats
 from .checkpoint.sink import ShardLayout, StoredTensor
 from .checkpoint.source import ITEM_SIZES, TensorInfo, TensorSource
 from .errors import SourceError, UsageError
@@ -165,8 +165,10 @@ def resolve_recipe(recipe: Recipe, family: Family) -> tuple[Recipe, Format]:
     method = recipe.method
     if recipe.bits != 16:
         method = method or fmt.abilities.methods[0]
-        quantizers.get(method)
         if method not in fmt.abilities.methods:
+            from . import quantizers  # loads torch, which planning has no other use for
+
+            quantizers.get(method)
             raise UsageError(
                 f"--method {method} does not go with --format {name}; use --method {fmt.abilities.methods[0]}."
             )

@@ -159,19 +159,19 @@ class SafetensorsSource(_FolderSource):
     when a shard is opened.
     """
 
-    def _open_shard(self, path: Path) -> Any:
+    def _open_shard(self, path: Path, framework: str = "pt") -> Any:
         from safetensors import SafetensorError, safe_open
 
         first_bytes(path)
         try:
-            return safe_open(path, framework="pt", device="cpu")
+            return safe_open(path, framework=framework, device="cpu")
         except (SafetensorError, OSError) as error:
             raise SourceError(
                 f"{path} is not a sound safetensors file ({error}); download it again."
             ) from None
 
     def _shard_infos(self, shard: str) -> list[TensorInfo]:
-        handle = self._handle(shard)
+        handle = self._open_shard(self.folder / shard, "np")  # headers do without torch, which takes a second
         infos = []
         for name in handle.keys():  # noqa: SIM118 - not a mapping
             view = handle.get_slice(name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..scheme import QuantizedTensor, Scheme
+from . import native
 from .grid import absmax, asymmetric_grid, group_view, round_to_codes
 
 
@@ -21,6 +22,10 @@ class RoundToNearest:
         self, weight: torch.Tensor, scheme: Scheme, statistics: torch.Tensor | None = None
     ) -> QuantizedTensor:
         """See `Quantizer`."""
+        found = native.quantize(weight, scheme, native.Method.NEAREST)
+        return found or self._with_torch(weight, scheme)
+
+    def _with_torch(self, weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
         largest = absmax(weight, scheme)  # refuses NaN and Inf in both cases
         exact = weight.float()
         if scheme.symmetric:

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import QuantizationError
 from ..scheme import QuantizedTensor, Scheme
+from . import native
 from .grid import absmax, divisor, group_view
 
 
@@ -25,6 +26,13 @@ class Thudm:
         self, weight: torch.Tensor, scheme: Scheme, statistics: torch.Tensor | None = None
     ) -> QuantizedTensor:
         """See `Quantizer`. Weights that are not half are rounded to half first."""
+        if weight.dtype == torch.float16 and scheme.symmetric:
+            found = native.quantize(weight, scheme, native.Method.THUDM)
+            if found is not None:
+                return found
+        return self._with_torch(weight, scheme)
+
+    def _with_torch(self, weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
         half = weight.to(torch.float16)
         if weight.dtype != torch.float16:
             absmax(weight, scheme)  # a NaN of the weight's own comes first

@@ -1,4 +1,7 @@
-"""Fast tokenizers for converted checkpoints: THUDM's tokenizer code as data for stock transformers.
+"""Tokenizers: THUDM's own, exact, for original folders; fast ones, as data, for converted folders.
+
+`load_tokenizer` gives the one that a folder has. ChatGLMTokenizer, ChatGLM2Tokenizer, ChatGLM3Tokenizer
+and ChatGLM4Tokenizer do what THUDM's Python code did, without that code.
 
 ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B-chat come with a vocabulary (``tokenizer.model``) and Python
 code that must be run to use it. `fast_tokenizer_files` turns the vocabulary into a
@@ -18,11 +21,34 @@ Two things differ, because a fast tokenizer looks for special tokens in whatever
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .kind import Kind, kind_of
 
-__all__ = ["Kind", "fast_tokenizer_files", "kind_of"]
+if TYPE_CHECKING:
+    from .loading import load_tokenizer
+    from .original_chatglm import ChatGLMTokenizer
+    from .original_chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
+    from .original_glm4 import ChatGLM4Tokenizer
+
+__all__ = [
+    "ChatGLM2Tokenizer", "ChatGLM3Tokenizer", "ChatGLM4Tokenizer", "ChatGLMTokenizer", "Kind",
+    "fast_tokenizer_files", "kind_of", "load_tokenizer",
+]  # fmt: skip
+
+# Looked up when first used: the classes need transformers, whose import takes seconds.
+_HOMES = {
+    "load_tokenizer": "loading", "ChatGLMTokenizer": "original_chatglm", "ChatGLM2Tokenizer": "original_chatglm2",
+    "ChatGLM3Tokenizer": "original_chatglm2", "ChatGLM4Tokenizer": "original_glm4",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def fast_tokenizer_files(folder: Path) -> dict[str, bytes] | None:
@@ -44,7 +70,7 @@ def fast_tokenizer_files(folder: Path) -> dict[str, bytes] | None:
         SourceError: a file is damaged, or is not the vocabulary that the folder says it is.
     """
     kind = kind_of(folder)
-    if kind is None:
+    if kind is None or kind == "chatglm":
         return None
     if kind == "glm4":
         from .glm4 import glm4_files

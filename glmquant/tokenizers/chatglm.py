@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..errors import SourceError
 from .common import (
@@ -24,22 +24,19 @@ from .common import (
     Token,
     added_tokens,
     context_length,
+    load_pieces,
     optional_json,
-    read_vocabulary,
     tokenizer_config,
     tokenizer_json,
 )
-
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
 
 SPACE = "\u2581"
 # The chat templates put this into text that spells a special token; the normalizer removes it.
 GUARD = "\ufdd0"
 
-_CHATGLM2 = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-_TOKENS = {"chatglm2": _CHATGLM2, "chatglm3": _CHATGLM2 + _ROLES}
+CHATGLM2_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+TOKENS = {"chatglm2": CHATGLM2_TOKENS, "chatglm3": CHATGLM2_TOKENS + ROLE_TOKENS}
 _FIRST = ["<unk>", "<s>", "</s>"]
 _BYTES = 256
 
@@ -53,7 +50,7 @@ def chatglm_files(folder: Path, kind: Literal["chatglm2", "chatglm3"]) -> dict[s
     model = _model(folder / "tokenizer.model")
     config_path = folder / "tokenizer_config.json"
     config = optional_json(config_path)
-    behind = added_tokens(_TOKENS[kind], len(model["vocab"]), config, config_path)
+    behind = added_tokens(TOKENS[kind], len(model["vocab"]), config, config_path)
     unknown, end = Token("<unk>", 0), Token("</s>", 2)
     added = [unknown, end, *behind]
     by_text = {token.text: token for token in added}
@@ -102,7 +99,7 @@ def _replace(old: str, new: str) -> Json:
 
 
 def _model(path: Path) -> Json:
-    pieces = _load(path)
+    pieces = load_pieces(path)
     size = int(pieces.get_piece_size())
     vocabulary = {str(pieces.id_to_piece(row)): row for row in range(size)}
     scores = {}
@@ -137,18 +134,3 @@ def _model(path: Path) -> Json:
         "vocab": vocabulary,
         "merges": [[left, right] for *_, left, right in merges],
     }
-
-
-def _load(path: Path) -> SentencePieceProcessor:
-    from sentencepiece import SentencePieceProcessor
-
-    data = read_vocabulary(path)
-    pieces = SentencePieceProcessor()
-    try:
-        pieces.LoadFromSerializedProto(data)
-    except RuntimeError:
-        raise SourceError(
-            f"{path} ({len(data)} bytes) is damaged, or is not a SentencePiece model; "
-            "download the file again."
-        ) from None
-    return pieces

@@ -10,10 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import read_json
 from ..errors import SourceError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 Json = dict[str, Any]
 
@@ -68,6 +71,26 @@ def read_vocabulary(path: Path) -> bytes:
             "run `git lfs pull` there, or download the file."
         )
     return data
+
+
+def load_pieces(path: Path) -> SentencePieceProcessor:
+    """Load a SentencePiece model.
+
+    Raises:
+        SourceError: the file is missing, damaged, or of another kind.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    data = read_vocabulary(path)
+    pieces = SentencePieceProcessor()
+    try:
+        pieces.LoadFromSerializedProto(data)
+    except RuntimeError:
+        raise SourceError(
+            f"{path} ({len(data)} bytes) is damaged, or is not a SentencePiece model; "
+            "download the file again."
+        ) from None
+    return pieces
 
 
 def added_tokens(known: Sequence[str], first: int, config: Json, path: Path) -> list[Token]:

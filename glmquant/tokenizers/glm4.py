@@ -31,9 +31,9 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_END = "<|endoftext|>"
-_TOKENS = (
-    _END,
+END = "<|endoftext|>"
+TOKENS = (
+    END,
     "[MASK]",
     "[gMASK]",
     "[sMASK]",
@@ -56,9 +56,9 @@ def glm4_files(folder: Path) -> dict[str, bytes]:
     ranks = read_ranks(folder / "tokenizer.model")
     config_path = folder / "tokenizer_config.json"
     config = optional_json(config_path)
-    added = added_tokens(_TOKENS, len(ranks), config, config_path)
+    added = added_tokens(TOKENS, len(ranks), config, config_path)
     by_text = {token.text: token for token in added}
-    named = {key: _spelled(config.get(key)) or _END for key in ("eos_token", "pad_token")}
+    named = {key: _spelled(config.get(key)) or END for key in ("eos_token", "pad_token")}
     for key, text in named.items():
         if text not in by_text:
             raise SourceError(f"{key} in {config_path} is {text!r}, which is no token of GLM-4's.")
@@ -67,7 +67,7 @@ def glm4_files(folder: Path) -> dict[str, bytes]:
         "tokenizer.json": tokenizer_json(
             added=added,
             prefix=(by_text["[gMASK]"], by_text["<sop>"]),
-            closing=by_text[_END],
+            closing=by_text[END],
             normalizer=None,
             pre_tokenizer={"type": "Sequence", "pretokenizers": [words, _byte_level()]},
             decoder=_byte_level(),
@@ -122,7 +122,7 @@ def _byte_level() -> Json:
 
 
 def _model(ranks: dict[bytes, int]) -> Json:
-    alphabet = _alphabet()
+    alphabet = byte_alphabet()
     spelled = {value: "".join([alphabet[byte] for byte in value]) for value in ranks}
     merges = []
     for value in ranks:  # lowest rank first, and so the merges
@@ -146,9 +146,12 @@ def _model(ranks: dict[bytes, int]) -> Json:
     }
 
 
-def _alphabet() -> list[str]:
-    # The character that stands for each byte in a byte-level vocabulary. GPT-2's rule: printable
-    # Latin-1 characters stand for themselves, the others in order for those from U+0100 on.
+def byte_alphabet() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary.
+
+    GPT-2's rule: printable Latin-1 characters stand for themselves; the others, in order, become
+    those from U+0100 on.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(spare)) for byte in range(_BYTES)]

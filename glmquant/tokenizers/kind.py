@@ -1,5 +1,6 @@
 """Which of THUDM's tokenizers a folder holds.
 
+ChatGLM-6B's vocabulary has a file name of its own, and GLM-4's a format of its own.
 ChatGLM2 and ChatGLM3 have the same vocabulary, byte for byte, and the same tokenizer class name;
 what differs is the code (four role tokens behind ChatGLM2's five) and the prompt format. The
 evidence for the one or the other, strongest first:
@@ -23,9 +24,10 @@ from typing import Literal
 
 from .common import Json, optional_json
 
-Kind = Literal["chatglm2", "chatglm3", "glm4"]
+Kind = Literal["chatglm", "chatglm2", "chatglm3", "glm4"]
 
-_CLASSES = ("ChatGLMTokenizer", "ChatGLM4Tokenizer")
+# As published; ChatGLM2's and ChatGLM3's folders name the first. The other two are what we write.
+_CLASSES = ("ChatGLMTokenizer", "ChatGLM4Tokenizer", "ChatGLM2Tokenizer", "ChatGLM3Tokenizer")
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 # CodeGeeX2 is a ChatGLM2.
 _NAME = re.compile(r"(?:chatglm|codegeex)[-_]?([23])(?!\d)", re.IGNORECASE)
@@ -39,8 +41,10 @@ def kind_of(folder: Path) -> Kind | None:
         SourceError: a JSON file in the folder is damaged.
     """
     vocabulary = folder / "tokenizer.model"
-    if (folder / "tokenizer.json").exists() or not vocabulary.is_file():
+    if (folder / "tokenizer.json").exists():
         return None
+    if not vocabulary.is_file():
+        return "chatglm" if (folder / "ice_text.model").is_file() else None
     tokenizer = optional_json(folder / "tokenizer_config.json")
     model = optional_json(folder / "config.json")
     name = tokenizer.get("tokenizer_class")
@@ -50,6 +54,10 @@ def kind_of(folder: Path) -> Kind | None:
         head = file.read(256)
     if name == "ChatGLM4Tokenizer" or _TIKTOKEN_LINE.match(head):
         return "glm4"
+    if name == "ChatGLM2Tokenizer":
+        return "chatglm2"
+    if name == "ChatGLM3Tokenizer":
+        return "chatglm3"
     return (
         _from_code(folder)
         or _from_tokens(tokenizer)

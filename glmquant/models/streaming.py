@@ -1,0 +1,120 @@
+"""Tokens and text of an answer while it is generated."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+# What an incomplete character decodes to.
+_HALF = "\ufffd"
+# A character has at most four bytes; more tokens than this that give none are not the start of one.
+_PATIENCE = 16
+
+
+class Transcript:
+    """The text of a growing list of ids, decoded a few ids at a time.
+
+    An id is decoded together with those before it that it may depend on, not with the whole answer, so a
+    long answer costs time in proportion to its length. Bytes of an unfinished character are held back.
+
+    Args:
+        decode: the text of a list of ids.
+
+    Attributes:
+        ids: every id so far.
+        text: the text so far. It ends inside a character only where the model has written bytes that are no text.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self.ids: list[int] = []
+        self.text = ""
+        # ids[:shown] are in text; ids[context:shown] are decoded once more with what follows, because the
+        # space in front of a piece depends on whether it comes first.
+        self._context = self._shown = 0
+
+    def add(self, row: int) -> bool:
+        """Append an id; True when the text changed."""
+        self.ids.append(row)
+        before = self._decode(self.ids[self._context : self._shown])
+        after = self._decode(self.ids[self._context :])
+        patient = len(self.ids) - self._shown < _PATIENCE
+        if after == before or (patient and after.endswith(_HALF)):
+            return False
+        self.text = self.text[: len(self.text) - len(before)] + after
+        self._context, self._shown = self._shown, len(self.ids)
+        return True
+
+    def whole(self) -> str:
+        """The text of all ids, decoded at once; a character that was never finished is left out."""
+        return self._decode(self.ids).rstrip(_HALF)
+
+
+class _Tokens(BaseStreamer):  # type: ignore[misc]
+    """Hands the ids that `generate` reports to a queue, without the prompt that it reports first."""
+
+    def __init__(self, queue: SimpleQueue[int | BaseException | None]) -> None:
+        self.queue = queue
+        self.prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt_seen:
+            for row in value.flatten().tolist():
+                self.queue.put(row)
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+class _Stopped(StoppingCriteria):  # type: ignore[misc]
+    """Stops generation after the token at hand once `event` is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def generate_tokens(model: Any, input_ids: Tensor, **arguments: Any) -> Generator[int, None, None]:
+    """Run ``model.generate`` in a thread and yield the ids of the answer one by one.
+
+    Closing the iterator, also by leaving a loop over it, stops generation and waits for the thread, which
+    takes as long as the token at hand. An error of `generate` is raised here.
+
+    Args:
+        model: a model with `generate`.
+        input_ids: int64 [1, length].
+        arguments: for `generate`; no `streamer`, and one beam.
+    """
+    queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
+    stop = threading.Event()
+    arguments["stopping_criteria"] = StoppingCriteriaList(
+        [*(arguments.get("stopping_criteria") or ()), _Stopped(stop)]
+    )
+
+    def work() -> None:
+        try:
+            model.generate(input_ids, streamer=_Tokens(queue), **arguments)
+            queue.put(None)
+        except BaseException as error:  # whatever it was belongs to the caller
+            queue.put(error)
+
+    thread = threading.Thread(target=work, name="glmquant-generate", daemon=True)
+    thread.start()
+    try:
+        while (row := queue.get()) is not None:
+            if isinstance(row, BaseException):
+                raise row
+            yield row
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,73 @@
+"""How each generation is talked to: ids for a conversation, defaults of sampling, what to make of an answer.
+
+::
+
+    prompt = prompt_for(tokenizer)
+    history = prompt.history(None)
+    ids = prompt.ids("你好", history)
+    response, history = prompt.reply(prompt.decode(answer), "你好", history)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UsageError
+from ..tokenizers.kind import Kind
+from .base import History, Message, Prompt, Response, Sampling, Turn, token_id
+from .chatglm import ChatGLMPrompt
+from .chatglm2 import ChatGLM2Prompt
+from .chatglm3 import ChatGLM3Prompt
+from .glm4 import GLM4Prompt
+
+__all__ = [
+    "PROMPTS",
+    "ChatGLM2Prompt",
+    "ChatGLM3Prompt",
+    "ChatGLMPrompt",
+    "GLM4Prompt",
+    "History",
+    "Message",
+    "Prompt",
+    "Response",
+    "Sampling",
+    "Turn",
+    "prompt_for",
+]
+
+PROMPTS: dict[Kind, type[Prompt]] = {
+    "chatglm": ChatGLMPrompt,
+    "chatglm2": ChatGLM2Prompt,
+    "chatglm3": ChatGLM3Prompt,
+    "glm4": GLM4Prompt,
+}
+
+# Tokens that only one generation's vocabulary has all of; the first that fits.
+_MARKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    ("glm4", ("<|endoftext|>", "<sop>", "<|user|>")),
+    ("chatglm3", ("[gMASK]", "sop", "<|user|>")),
+    ("chatglm2", ("[gMASK]", "sop", "eop")),
+    ("chatglm", ("[gMASK]", "<sop>", "<eop>")),
+)
+
+
+def prompt_for(tokenizer: Any, *, encode_special_tokens: bool = False) -> Prompt:
+    """The prompt format that belongs to a tokenizer.
+
+    Args:
+        tokenizer: one of ours, or a fast tokenizer, which is told by its special tokens.
+        encode_special_tokens: see `Prompt`.
+
+    Raises:
+        UsageError: it is none of ChatGLM's or GLM-4's.
+    """
+    kind = getattr(tokenizer, "kind", None) or next(
+        (kind for kind, tokens in _MARKS if all(token_id(tokenizer, token) is not None for token in tokens)),
+        None,
+    )
+    if kind not in PROMPTS:
+        raise UsageError(
+            f"{type(tokenizer).__name__} is not a tokenizer of ChatGLM-6B, ChatGLM2, ChatGLM3 or GLM-4; "
+            "pass what glmquant.load_tokenizer returns for the model's folder."
+        )
+    return PROMPTS[kind](tokenizer, encode_special_tokens=encode_special_tokens)

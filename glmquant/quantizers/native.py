@@ -1,0 +1,82 @@
+"""The quantizers' compiled twin (``kernels/cpu/quantize.cpp``): the same bytes in one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from .. import _native
+from ..scheme import QuantizedTensor, Scheme
+
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+class Method(IntEnum):
+    """As the kernel numbers them."""
+
+    NEAREST = 0
+    LEAST_SQUARES = 1
+    THUDM = 2
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `LeastSquares` searches.
+
+    Attributes:
+        inverses: float32, what the integer values are multiplied with to give codes, best first.
+        first: so many are tried for every group.
+        terms: how many products of a code and a value float32 adds exactly.
+        value_bits: the extreme of a group is ``2**value_bits`` as an integer value.
+    """
+
+    inverses: torch.Tensor
+    first: int
+    terms: int
+    value_bits: int
+
+
+_NO_SEARCH = Search(torch.empty(0), 0, 1, 0)
+
+
+def quantize(
+    weight: torch.Tensor, scheme: Scheme, method: Method, search: Search = _NO_SEARCH
+) -> QuantizedTensor | None:
+    """What the quantizer of this `method` gives for `weight` [rows, columns].
+
+    None where there is no kernel, or where the torch code has an error to report.
+    """
+    library = _native.library()
+    if library is None or weight.device.type != "cpu" or not weight.is_contiguous() or not weight.numel():
+        return None
+    rows, columns = weight.shape
+    width = scheme.group_size or columns
+    scale_dtype = getattr(torch, scheme.scale_dtype)
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    scale = torch.empty(rows, columns // width, dtype=scale_dtype)
+    zero_point = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.int8)
+    status = library.glmquant_quantize(
+        weight.data_ptr(), _DTYPES[weight.dtype], rows, columns, width, scheme.bits, scheme.symmetric, method,
+        search.inverses.data_ptr(), len(search.inverses), search.first, search.terms,
+        float(1 << search.value_bits), _DTYPES[scale_dtype], codes.data_ptr(), scale.data_ptr(),
+        None if zero_point is None else zero_point.data_ptr(),
+    )  # fmt: skip
+    return None if status else QuantizedTensor(codes, scale, zero_point, scheme)
+
+
+def squared_sums(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[float, float] | None:
+    """``||w - w'||**2`` and ``||w||**2`` of `weight` [rows, columns]; None where there is no kernel."""
+    library = _native.library()
+    if library is None or not weight.is_contiguous() or not weight.numel():
+        return None
+    rows, columns = weight.shape
+    sums = torch.zeros(2, dtype=torch.float64)
+    zero_point = quantized.zero_point
+    library.glmquant_errors(
+        weight.data_ptr(), _DTYPES[weight.dtype], rows, columns, columns // quantized.scale.shape[1],
+        quantized.codes.data_ptr(), quantized.scale.data_ptr(), _DTYPES[quantized.scale.dtype],
+        None if zero_point is None else zero_point.contiguous().data_ptr(), sums.data_ptr(),
+    )  # fmt: skip
+    return sums[0].item(), sums[1].item()
