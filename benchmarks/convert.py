@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -84,7 +85,9 @@ def _trials(
     trials = []
     for number in range(count):
         for cache in ("cold", "warm"):
-            for name, command in commands.items():
+            # Each trial begins with another program, so that none always follows the same one.
+            for name in _rotated(list(commands), number):
+                command = commands[name]
                 _remove(out)
                 os.sync()
                 _set_cache(inputs[name], warm=cache == "warm")
@@ -101,6 +104,11 @@ def _trials(
                 trials.append(trial)
     _remove(out)
     return trials
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    by %= len(names)
+    return names[by:] + names[:by]
 
 
 def _remove(path: Path) -> None:
@@ -167,7 +175,25 @@ def _breakdown(source: Path, methods: list[str]) -> dict[str, float]:
         work()
         return time.perf_counter() - started
 
-    parts = {"sha256_of_the_source_one_core": seconds(lambda: sha256(shard)) * total / shard.stat().st_size}
+    scratch = source.parent / "write-test"
+    size = min(1 << 30, plan.nbytes)
+
+    def write() -> None:
+        piece = b"\1" * (4 << 20)
+        with scratch.open("wb", buffering=0) as file:
+            for _ in range(size // len(piece)):
+                file.write(piece)
+            os.fsync(file.fileno())
+
+    parts = {
+        "sha256_of_the_source_one_core": seconds(lambda: sha256(shard)) * total / shard.stat().st_size,
+        "writing_and_fsync_of_the_result": seconds(write) * plan.nbytes / size,
+    }
+    parts["sha256_of_the_result_twice_one_core"] = seconds(lambda: sha256(scratch)) * 2 * plan.nbytes / size
+    parts["importing_torch"] = seconds(
+        lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    )
+    scratch.unlink()
     blocks = [opened.source.read(item.source, 0, 64) for item in layer]
     scheme, weights = Scheme(4, 128), sum(block.numel() for block in blocks)
     with _tuned_for_blocks(), torch.inference_mode():

@@ -19,8 +19,19 @@ from pathlib import Path
 
 # No contraction of a*b+c and no -ffast-math: roundings are part of what a kernel promises.
 _FLAGS = (
-    "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno",
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-math-errno",
     "-fno-trapping-math",
+)
+# Tried in this order: everything this processor has, if the compiler can tell; and threads, if it can make any (the
+# OpenMP library is then the one that torch has loaded).
+_TUNINGS = (
+    ("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"),
+    ("-mcpu=native", "-fopenmp-simd"), ("-fopenmp-simd",), (),
 )  # fmt: skip
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT_S = 120
@@ -30,6 +41,8 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_int64, "f": cty
 _SIGNATURES = {
     "glmquant_quantize": ("i", "piqqqiiipqqqfippp"),
     "glmquant_errors": ("", "piqqqppipp"),
+    "glmquant_linear": ("", "pqqpqqipiqpp"),
+    "glmquant_dequantize": ("", "pqqiqpiqppi"),
     "glmquant_pack_low_first": ("", "pqp"),
     "glmquant_unpack_low_first": ("", "pqp"),
     "glmquant_pack_high_first": ("", "pqp"),
@@ -74,35 +87,34 @@ def _find() -> _Loaded:
     compiler = next((found for name in wanted if (found := shutil.which(name))), None)
     if compiler is None:
         return _Loaded(None, "no C++ compiler was found (install g++ or clang++ to go five times as fast)")
-    source = _source()
     try:
-        return _Loaded(_bind(_built(compiler, source)), "")
+        return _Loaded(_bind(_built(compiler)), "")
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         line = next((line for line in said.splitlines() if "error" in line), said.strip().partition("\n")[0])
-        return _Loaded(None, f"{compiler} could not build {source.name} ({line})")
+        return _Loaded(None, f"{compiler} could not build the CPU kernels ({line})")
 
 
-def _source() -> Path:
+def _folder() -> Path:
     """``kernels`` lies beside the package's modules in a wheel, and beside the package in its repository."""
     package = Path(__file__).parent
-    folder = next(f for f in (package / "kernels", package.parent / "kernels") if f.is_dir())
-    return folder / "cpu" / "quantize.cpp"
+    return next(f for f in (package / "kernels", package.parent / "kernels") if f.is_dir()) / "cpu"
 
 
-def _built(compiler: str, source: Path) -> Path:
-    """The library made of `source`, from the cache if it is there."""
-    folder = _cache_folder()
+def _built(compiler: str) -> Path:
+    """The library made of ``kernels/cpu``, from the cache if it is there."""
+    cache = _cache_folder()
     program = Path(compiler).resolve()
-    key = [source.read_text(), *_FLAGS, str(program), str(program.stat().st_mtime_ns), _processor()]
-    path = folder / f"quantize-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.so"
+    texts = [path.read_text() for path in sorted(_folder().iterdir()) if path.suffix in (".cpp", ".h")]
+    key = [*texts, *_FLAGS, str(_TUNINGS), str(program), str(program.stat().st_mtime_ns), _processor()]
+    path = cache / f"cpu-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
         made = Path(scratch) / path.name
-        # The kernels run where they are built: with everything this processor has, if the compiler can tell.
-        for tuning in (["-march=native"], ["-mcpu=native"], []):
-            command = [compiler, *_FLAGS, *tuning, "-o", str(made), str(source)]
+        sources = sorted(str(path) for path in _folder().glob("*.cpp"))
+        for tuning in _TUNINGS:
+            command = [compiler, *_FLAGS, *tuning, "-o", str(made), *sources]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
             if done.returncode == 0:
                 break

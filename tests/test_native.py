@@ -236,6 +236,6 @@ def test_compiler_that_fails(tmp_path: Path) -> None:
     broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: out of luck' >&2\nexit 1\n")
     broken.chmod(0o755)
     assert ask(tmp_path, CXX=str(broken)) == (
-        f"False | {broken} could not build quantize.cpp (x.cpp:1: error: out of luck)"
+        f"False | {broken} could not build the CPU kernels (x.cpp:1: error: out of luck)"
     )
     assert not list((tmp_path / "native").iterdir())
