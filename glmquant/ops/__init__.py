@@ -1,0 +1,10 @@
+"""Multiplying by weights that stay packed.
+
+``torch.ops.glmquant.linear_w4`` and ``linear_w8`` are the operators (traceable by torch.compile); `linear` calls the
+right one. How they are computed is decided in one place, `choice`, which can also say why (`explain`).
+"""
+
+from .choice import Implementation, Request, choose, explain
+from .linear import dequantize, linear
+
+__all__ = ["Implementation", "Request", "choose", "dequantize", "explain", "linear"]

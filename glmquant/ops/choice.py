@@ -1,0 +1,99 @@
+"""Which implementation computes a packed linear layer, decided here and nowhere else.
+
+`IMPLEMENTATIONS` is in order of preference. Each says, for a `Request`, why it cannot or should not be used; the first
+with nothing to say is chosen. The last, plain PyTorch, never declines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import native
+from .reference import linear_tiled
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of an implementation.
+
+    Attributes:
+        device: ``cpu``, ``cuda``, ...
+        dtype: of the activations and of the result.
+        rows: of the activations, all leading dimensions together.
+        columns: width of the weight.
+        group_size: columns that share a scale.
+        bits: 4 or 8.
+        symmetric: whether there are no zero points.
+    """
+
+    device: str
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    group_size: int
+    bits: int
+    symmetric: bool
+
+    @classmethod
+    def of(cls, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Request:
+        """The request that the operands of `glmquant.ops.linear` make."""
+        columns = x.shape[-1]
+        rows = x.numel() // max(1, columns)
+        return cls(x.device.type, x.dtype, rows, columns, columns // scale.shape[1], bits, zero_point is None)
+
+
+class Run(Protocol):
+    """The computation: x [rows, in] -> [rows, out]; the rest is described in `glmquant.ops.linear`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        bits: int,
+    ) -> Tensor:
+        """Multiply."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute it.
+
+    Attributes:
+        name: for people.
+        objection: why it is not for a request, as an end of the sentence "not used, because ..."; None if it is.
+        run: see `Run`.
+    """
+
+    name: str
+    objection: Callable[[Request], str | None]
+    run: Run
+
+
+IMPLEMENTATIONS: list[Implementation] = [
+    Implementation("compiled CPU kernel", native.objection, native.linear),
+    Implementation("PyTorch, tile by tile", lambda request: None, linear_tiled),
+]
+
+
+def choose(request: Request) -> Implementation:
+    """The first implementation without an objection."""
+    return next(i for i in IMPLEMENTATIONS if i.objection(request) is None)
+
+
+def explain(request: Request) -> str:
+    """One line for every implementation up to the one that is used, and why the others are not."""
+    lines: list[str] = []
+    for implementation in IMPLEMENTATIONS:
+        reason = implementation.objection(request)
+        if reason is None:
+            return "\n".join([*lines, f"{implementation.name}: used"])
+        lines.append(f"{implementation.name}: not used, because {reason}")
+    raise AssertionError("the last implementation declines nothing")
