@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .models.chat import chat, stream_chat
+    from .models.loading import load
     from .plan import Plan
     from .recipe import Recipe
     from .scheme import QuantizedTensor, Scheme
@@ -46,13 +47,14 @@ _HOMES = {
     "QuantizedSourceError": "errors", "SourceError": "errors", "UnsafeFileError": "errors",
     "UsageError": "errors", "VerificationError": "errors",
     "Plan": "plan", "Recipe": "recipe", "QuantizedTensor": "scheme", "Scheme": "scheme",
-    "load_tokenizer": "tokenizers.loading", "chat": "models.chat", "stream_chat": "models.chat",
+    "load": "models.loading", "load_tokenizer": "tokenizers.loading",
+    "chat": "models.chat", "stream_chat": "models.chat",
 }  # fmt: skip
 
 __all__ = [
     "ConvertResult", "GlmquantError", "Inspection", "OutputError", "Plan", "QuantizationError",
     "QuantizedSourceError", "QuantizedTensor", "Recipe", "Scheme", "SourceError", "UnsafeFileError", "UsageError",
-    "Verification", "VerificationError", "__version__", "chat", "convert", "inspect", "load_tokenizer",
+    "Verification", "VerificationError", "__version__", "chat", "convert", "inspect", "load", "load_tokenizer",
     "plan_conversion", "stream_chat", "verify",
 ]  # fmt: skip
 

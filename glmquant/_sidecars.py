@@ -13,6 +13,7 @@ from typing import Any
 
 from . import families, formats
 from .checkpoint.files import check_inside, read_json
+from .families import Dims
 from .formats import StoredWeight
 from .plan import Plan
 
@@ -25,7 +26,7 @@ _CARRIED = (
 
 # Rows of the embedding beyond the tokenizer are padding; with this many, the role tokens of ChatGLM3 exist.
 _CHATGLM3_ROWS = 65024
-_CHATGLM3_STOPS = [2, 64795, 64797]  # </s>, <|user|>, <|observation|>
+_CHATGLM3_STOPS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 
 
 def sidecar_files(folder: Path, source_config: Mapping[str, Any], plan: Plan) -> dict[str, bytes]:
@@ -80,18 +81,23 @@ def generation_config(source_config: Mapping[str, Any], plan: Plan, *, has_roles
 
     `has_roles`: the tokenizer may be ChatGLM3's, whose answers end where the next role begins.
     """
-    stops: Any = source_config.get("eos_token_id")
-    if has_roles and plan.family == "chatglm2" and plan.dims.vocab == _CHATGLM3_ROWS and stops == 2:
-        stops = _CHATGLM3_STOPS
     defaults = {
         "do_sample": True,
-        "eos_token_id": stops,
+        "eos_token_id": stop_ids(source_config, plan.family, plan.dims, has_roles=has_roles),
         "max_length": min(8192, plan.dims.context),
         "pad_token_id": source_config.get("pad_token_id"),
         "temperature": 0.8,
         "top_p": 0.8,
     }
     return {key: value for key, value in defaults.items() if value is not None}
+
+
+def stop_ids(config: Mapping[str, Any], family: str, dims: Dims, *, has_roles: bool) -> Any:
+    """Ids at which generation ends: those of ``config.json``, and ChatGLM3's roles, which only its ``chat()`` knew."""
+    stops = config.get("eos_token_id")
+    if has_roles and family == "chatglm2" and dims.vocab == _CHATGLM3_ROWS and stops == 2:
+        return list(_CHATGLM3_STOPS)
+    return stops
 
 
 def without_code(config: dict[str, Any], repository: str | None) -> dict[str, Any]:

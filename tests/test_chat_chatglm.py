@@ -11,7 +11,6 @@ from helpers_chat import Script, tokenizer_of
 from helpers_tokenizers import golden_tokenizer
 
 from glmquant.errors import UsageError
-from glmquant.models.chat import ChatMixin
 from glmquant.prompts import prompt_for
 
 chatglm = pytest.importorskip("glmquant.models.chatglm", reason="the model of ChatGLM-6B is not there yet")
@@ -19,16 +18,13 @@ chatglm = pytest.importorskip("glmquant.models.chatglm", reason="the model of Ch
 
 @functools.cache
 def small_chatglm(context: int = 2048) -> Any:
-    class Small(ChatMixin, chatglm.ChatGLMForConditionalGeneration):
-        pass
-
     torch.manual_seed(0)
     config = chatglm.ChatGLMConfig(
         vocab_size=130528, hidden_size=16, inner_hidden_size=32, num_layers=2, num_attention_heads=2,
         max_sequence_length=context, bos_token_id=130004, eos_token_id=130005, mask_token_id=130000,
         gmask_token_id=130001, pad_token_id=3, position_encoding_2d=True,
     )  # fmt: skip
-    return Small(config).eval()
+    return chatglm.ChatGLMForConditionalGeneration(config).eval()
 
 
 def test_golden_conversations() -> None:

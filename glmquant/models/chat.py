@@ -22,7 +22,7 @@ from .streaming import Transcript, generate_tokens
 _ROOM = 4
 
 
-class InvalidScoreLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
+class InvalidScoreLogitsProcessor(LogitsProcessor):
     """Chooses a harmless token where a half precision model produced no numbers.
 
     A row of scores with NaN or infinity becomes 0, with 5e4 at `fallback`, as in THUDM's code. Unlike there, minus
@@ -40,7 +40,7 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         return torch.where(invalid[:, None], harmless, scores)
 
 
-class ChatCache(DynamicCache):  # type: ignore[misc]
+class ChatCache(DynamicCache):
     """Keys and values of a conversation, and the ids that they belong to.
 
     Attributes:

@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..errors import UsageError
 from ..families import Dims
 from ..families.chatglm import FAMILY
+from .chat import ChatMixin
 from .chatglm_config import ChatGLMConfig
 from .chatglm_positions import (
     hold_first_row,
@@ -34,6 +35,7 @@ from .chatglm_positions import (
     rotate,
     two_row_positions,
 )
+from .runtime import RuntimeMixin
 
 # THUDM's code never tells a block how many there are: it is 28 whatever `num_layers` says.
 _ALPHA = math.sqrt(2 * 28)
@@ -276,7 +278,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return mask
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(ChatMixin, RuntimeMixin, ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM-6B with its head; parameters are named as in THUDM's checkpoints."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}

@@ -57,7 +57,7 @@ class Transcript:
         return self._decode(self.ids).rstrip(_HALF)
 
 
-class _Tokens(BaseStreamer):  # type: ignore[misc]
+class _Tokens(BaseStreamer):
     """Hands the ids that `generate` reports to a queue, without the prompt that it reports first."""
 
     def __init__(self, queue: SimpleQueue[int | BaseException | None]) -> None:
@@ -74,7 +74,7 @@ class _Tokens(BaseStreamer):  # type: ignore[misc]
         pass
 
 
-class _Stopped(StoppingCriteria):  # type: ignore[misc]
+class _Stopped(StoppingCriteria):
     """Stops generation after the token at hand once `event` is set."""
 
     def __init__(self, event: threading.Event) -> None:

@@ -1,0 +1,194 @@
+"""What `glmquant.load` refuses, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_models import golden
+from helpers_sources import CHATGLM, CHATGLM2, DOWN, HEAD, NORM, random_tensors, tiny_model, write_model
+from safetensors.torch import load_file, save_file
+
+import glmquant
+from glmquant import GlmquantError, QuantizedSourceError, Recipe, SourceError, UnsafeFileError, UsageError
+
+
+def refused(folder: Path, *words: str, error: type[GlmquantError] = SourceError, **options: Any) -> str:
+    """Load, and expect one sentence that says each of `words`."""
+    with pytest.raises(error) as caught:
+        glmquant.load(folder, **{"device": "cpu", **options})
+    message = str(caught.value)
+    assert type(caught.value) is error, message
+    for word in words:
+        assert word in message, message
+    assert "\n" not in message
+    assert len(message) < 600
+    return message
+
+
+def rewrite_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def test_missing_and_foreign_and_misshapen_weights_are_named(tmp_path: Path) -> None:
+    refused(tiny_model(tmp_path / "a", **{DOWN: None}), DOWN, "lacks")
+    refused(
+        tiny_model(tmp_path / "b", **{"transformer.extra.weight": torch.zeros(2)}), "transformer.extra.weight"
+    )
+    refused(tiny_model(tmp_path / "c", **{NORM: torch.zeros(5)}), NORM, "[5]", "[128]")
+    refused(tiny_model(tmp_path / "d", **{HEAD: torch.zeros(97, 128)}), HEAD, "[97, 128]")
+
+
+def test_stored_rotary_frequencies_are_not_read(tmp_path: Path) -> None:
+    tensors = random_tensors(CHATGLM2)
+    name = "transformer.rotary_pos_emb.inv_freq"
+    plain = {n: t for n, t in tensors.items() if n != name}
+    models = []
+    for number, weights in enumerate((plain, {**plain, name: torch.full((16,), 9.0)})):
+        models.append(glmquant.load(write_model(tmp_path / str(number), CHATGLM2, weights), device="cpu"))
+    ids = torch.arange(9)[None]
+    assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+
+
+def test_quantization_that_is_not_known_is_never_ignored(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    for section in ({"quant_method": "awq"}, {"load_in_4bit": True}, "int4", ["x"]):
+        refused(rewrite_config(folder, quantization_config=section), "quantized", error=QuantizedSourceError)
+    rewrite_config(folder, quantization_config=None)
+    refused(rewrite_config(folder, quantization_bit=4), "do not belong together")
+    refused(rewrite_config(folder, quantization_bit=2), "quantization_bit 2")
+
+
+def test_quantized_weights_without_a_word_in_config_json(tmp_path: Path) -> None:
+    folder = golden("chatglm2-6b/tiny-int8", "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_bit"]
+    write_model(tmp_path / "m", config, load_file(folder / "model.safetensors"))
+    refused(tmp_path / "m", "I8", "quantized")
+
+
+def test_a_packed_tensor_of_the_wrong_size_is_named(tmp_path: Path) -> None:
+    glmquant.convert(tiny_model(tmp_path), tmp_path / "out", Recipe(group_size=64))
+    file = tmp_path / "out/model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.down_proj.weight_scale"
+    save_file({**tensors, name: tensors[name][:, :2].contiguous()}, file)
+    refused(tmp_path / "out", name)
+    del tensors[name]
+    save_file(tensors, file)
+    refused(tmp_path / "out", name)
+
+
+def test_a_trained_head_is_not_dropped_for_a_tied_one(tmp_path: Path) -> None:
+    tensors = random_tensors(CHATGLM)
+    tensors["lm_head.weight"] = tensors["transformer.word_embeddings.weight"].clone()
+    config = {**CHATGLM, "bos_token_id": 90, "eos_token_id": 91}
+    folder = write_model(tmp_path / "m", config, tensors)
+    assert glmquant.load(folder, device="cpu").lm_head.weight.shape == (96, 64)
+    tensors["lm_head.weight"][95, 63] += 1
+    write_model(folder, config, tensors)
+    refused(folder, "lm_head.weight", "tie_word_embeddings")
+    rewrite_config(folder, tie_word_embeddings=False)
+    assert torch.equal(glmquant.load(folder, device="cpu").lm_head.weight, tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"dtype": "int8"}, "int8"),
+        ({"dtype": "what"}, "what"),
+        ({"device": "quantum"}, "quantum"),
+        ({"device_map": "disk-please"}, "disk-please"),
+        ({"device": "cpu", "device_map": "auto"}, "contradict"),
+        ({"device": "auto", "device_map": {"model": "cpu"}}, "every layer"),
+        ({"device": "auto", "device_map": {"": "disk"}}, "offload_folder"),
+    ],
+)
+def test_bad_options(tmp_path: Path, options: dict[str, Any], word: str) -> None:
+    if "device_map" in options:
+        options = {"device": "auto", **options}
+    refused(tiny_model(tmp_path), word, error=UsageError, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    refused(tiny_model(tmp_path), "cuda", error=UsageError, device="cuda")
+    assert glmquant.load(tmp_path / "model", device="auto").device.type == "cpu"
+
+
+def test_a_bad_generation_config(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    (folder / "generation_config.json").write_text("{")
+    refused(folder, "generation_config.json")
+
+
+def test_nothing_that_is_no_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "absent", "absent")
+    refused(tmp_path, "no weights")
+
+
+def plant_code(folder: Path) -> Path:
+    """Python files that would leave a mark, referred to as THUDM's config.json does."""
+    mark = folder / "executed"
+    for kind in ("configuration", "modeling", "tokenization"):
+        (folder / f"{kind}_chatglm.py").write_text(f"open({str(mark)!r}, 'w')\nclass ChatGLM: pass\n")
+    rewrite_config(
+        folder, auto_map={"AutoModel": "modeling_chatglm.ChatGLM", "AutoConfig": "configuration_chatglm.X"}
+    )
+    return mark
+
+
+def test_no_code_of_the_folder_is_run_and_nothing_is_written_there(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    mark = plant_code(folder)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    folder.chmod(0o555)
+    program = f"import glmquant; glmquant.load({str(folder)!r}, device='cpu')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=tmp_path)
+    folder.chmod(0o755)
+    assert not mark.exists()
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+class Danger:
+    def __reduce__(self) -> Any:
+        return (os.system, ("true",))
+
+
+def test_a_pickle_that_asks_for_more_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CHATGLM2))
+    torch.save({**random_tensors(CHATGLM2), "x": Danger()}, folder / "pytorch_model.bin")
+    refused(folder, "nothing in it was run", error=UnsafeFileError)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "cpm"])
+def test_the_files_may_be_replaced_afterwards(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "m"
+    config, tensors = CHATGLM2, random_tensors(CHATGLM2)
+    if kind == "cpm":
+        glmquant.convert(write_model(tmp_path / "s", config, tensors), folder, Recipe(bits=8, format="cpm"))
+    elif kind == "bin":
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        write_model(folder, {**config, "torch_dtype": "float16"}, tensors)
+    model = glmquant.load(folder, device="cpu")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    for path in folder.iterdir():
+        if path.suffix in (".safetensors", ".bin"):
+            path.write_bytes(b"\0" * path.stat().st_size)  # in place, as a careless download does
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
