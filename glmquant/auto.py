@@ -1,0 +1,177 @@
+"""``import glmquant.auto``: THUDM's model-card code works on today's transformers, without the code in the folder.
+
+::
+
+    import glmquant.auto
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("chatglm3-6b", trust_remote_code=True)
+    model = AutoModel.from_pretrained("chatglm3-6b", trust_remote_code=True).half().cuda()
+    response, history = model.chat(tokenizer, "你好", history=[])
+
+Folders with ``model_type: chatglm`` are then loaded by `glmquant.load` and `glmquant.load_tokenizer`, 16-bit ones and
+INT4 / INT8 ones, by AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM and AutoTokenizer, also as modelscope
+exports them. ``trust_remote_code=True`` is accepted and changes nothing. Everything else transformers loads as ever,
+native folders (``model_type: glm``) among it.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+
+from . import hub
+from .errors import UnsafeFileError, UsageError
+from .models import chatglm_config
+from .models.loading import load
+from .tokenizers.common import optional_json
+from .tokenizers.original_chatglm import ChatGLMTokenizer
+from .tokenizers.original_glm4 import ChatGLM4Tokenizer
+
+__all__ = ["ChatGLMAutoModel"]
+
+# Options of from_pretrained that say where a hub is and how files are read. A folder on this machine needs none.
+_WITHOUT_EFFECT = frozenset({
+    "_from_auto", "cache_dir", "code_revision", "empty_init", "force_download", "local_files_only",
+    "low_cpu_mem_usage", "offload_state_dict", "proxies", "resume_download", "revision", "token", "trust_remote_code",
+    "use_auth_token", "use_safetensors", "weights_only",
+})  # fmt: skip
+_LOAD_OPTIONS = ("attn_implementation", "device_map", "max_memory", "offload_folder")
+# What transformers itself puts into a configuration that it has read.
+_RUNTIME_FIELDS = frozenset({"dtype", "torch_dtype", "transformers_version", "attn_implementation"})
+
+
+class ChatGLMConfig(chatglm_config.ChatGLMConfig):
+    """The configuration by which the Auto classes know ``chatglm`` folders; all of them read it first."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration that ``config.json`` holds; AutoConfig says which folder it is from.
+
+        Raises:
+            UnsafeFileError: AutoTokenizer would run code from the folder when told to trust it. It does so for classes
+                that nobody has registered; those that THUDM published are.
+        """
+        path = Path(kwargs.get("name_or_path", "")) / "tokenizer_config.json"
+        tokenizer = optional_json(path) if "name_or_path" in kwargs else {}
+        if "auto_map" in tokenizer and tokenizer.get("tokenizer_class") not in _TOKENIZERS:
+            raise UnsafeFileError(
+                f"{path} asks for code of its own, for a tokenizer of class {tokenizer.get('tokenizer_class')!r} "
+                f"({' and '.join(_TOKENIZERS)} are known); take auto_map out of the file, or use glmquant.load and "
+                "glmquant.load_tokenizer, which run no code."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+
+class ChatGLMAutoModel:
+    """What the Auto classes call for a ``chatglm`` configuration; see `glmquant.load` for what comes back."""
+
+    config_class = ChatGLMConfig
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        *args: Any,
+        config: ChatGLMConfig | None = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        device: Any = None,
+        adapter_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Load a folder; the model is on the CPU unless `device` or `device_map` says otherwise.
+
+        Raises:
+            UsageError: an option that would be without its effect, such as another library's quantization.
+        """
+        folder = hub.resolve(pretrained_model_name_or_path).folder
+        if config is not None:
+            _refuse_changes(config, folder)
+        given = {name: options.pop(name) for name in _LOAD_OPTIONS if name in options}
+        unknown = sorted(
+            name
+            for name, value in options.items()
+            if name not in _WITHOUT_EFFECT and value not in (None, "", False)
+        )
+        if args or unknown:
+            named = ", ".join(unknown) or "positional arguments"
+            advice = (
+                "quantize with model.quantize(4), or once and for all with glmquant.convert"
+                if any(name.startswith("load_in_") or name == "quantization_config" for name in unknown)
+                else "leave them out"
+            )
+            raise UsageError(f"{named} cannot be used with ChatGLM models here; {advice}.")
+        if given.get("device_map") is None:
+            given["device"] = "cpu" if device is None else device
+        elif device is not None:
+            raise UsageError("device and device_map contradict each other; pass one of them.")
+        return load(
+            folder,
+            dtype=torch_dtype if dtype is None else dtype,
+            # where AutoModel was given the folder of an adapter, it has looked up the base
+            adapter=(adapter_kwargs or {}).get("_adapter_model_path"),
+            **given,
+        )
+
+
+def _refuse_changes(config: ChatGLMConfig, folder: Path) -> None:
+    """The model is built from config.json: changes to the object would silently be without effect."""
+    stored = ChatGLMConfig.from_pretrained(folder).to_dict()
+    given = config.to_dict()
+    changed = sorted(
+        name
+        for name in {*stored, *given}
+        if given.get(name) != stored.get(name) and not name.startswith("_") and name not in _RUNTIME_FIELDS
+    )
+    if "pre_seq_len" in changed:
+        raise UsageError(
+            "P-tuning prefixes (pre_seq_len) are not supported; use a LoRA, or a merged fine-tune."
+        )
+    if changed:
+        raise UsageError(
+            f"the configuration was changed in {', '.join(changed)}, and models are built from config.json; change "
+            "the file in the folder instead."
+        )
+
+
+# ChatGLM2-6B's and 3-6B's are called ChatGLMTokenizer too; that class finds out which it is.
+_TOKENIZERS = {tokenizer.__name__: tokenizer for tokenizer in (ChatGLMTokenizer, ChatGLM4Tokenizer)}
+
+
+class _TokenizerConfig(PreTrainedConfig):
+    """A key to register a tokenizer under.
+
+    transformers prefers the code in a folder to a tokenizer that is registered for the folder's own configuration
+    class, and it prefers a registered tokenizer *of the name in tokenizer_config.json* to that code.
+    """
+
+    model_type = "glmquant-chatglm-tokenizer"
+
+
+class _GLM4TokenizerConfig(PreTrainedConfig):
+    """See `_TokenizerConfig`."""
+
+    model_type = "glmquant-glm4-tokenizer"
+
+
+def register() -> None:
+    """Register the classes; done on import, and harmless to repeat."""
+    AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
+    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+        auto.register(ChatGLMConfig, ChatGLMAutoModel, exist_ok=True)
+    AutoTokenizer.register(_TokenizerConfig, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
+    AutoTokenizer.register(_GLM4TokenizerConfig, slow_tokenizer_class=ChatGLM4Tokenizer, exist_ok=True)
+
+
+register()
