@@ -1,4 +1,6 @@
-"""Folders as THUDM published them, but tiny: the real vocabulary, config.json and code, and random weights.
+"""Folders as THUDM published them, but tiny: the vocabulary, config.json and code, and random weights.
+
+The vocabulary is the published one where it lies beside the repository, else a small one of its kind.
 
 The code in them must never run: each file leaves a mark when it does. The weights are such that answers end after a
 few tokens, as chat() with its long limits needs.
@@ -14,10 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from helpers_models import REPOSITORY, SHARED
 from helpers_sources import random_tensors, write_model
+from helpers_tokenizers import configure, train, write_ranks
+
+import glmquant
+from glmquant.prompts import prompt_for
 
 CONFIGS = REPOSITORY / "tests/golden/published-configs"
 SMALL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
@@ -35,24 +40,52 @@ MARK = "code-of-the-folder-was-run"
 
 
 def published(root: Path, model: str) -> Path:
-    """Write the folder of `model` below `root`; skips the test where the vocabularies are absent."""
+    """Write the folder of `model` below `root`."""
     vocabulary, stop = MODELS[model]
-    tokenizer = SHARED / "tokenizers" / vocabulary
-    if not tokenizer.is_dir():
-        pytest.skip(f"the vocabulary of {model} is not in {tokenizer}")
     config = json.loads((CONFIGS / f"{model}.json").read_text())
     first = model == "chatglm-6b"
     config.update(FIRST if first else LATER)
     if "num_hidden_layers" in config:
         config["num_hidden_layers"] = config["num_layers"]
-    folder = write_model(root / model, config, _weights(config, stop, first))
-    for file in tokenizer.iterdir():
-        shutil.copy(file, folder)
+    folder = root / model
+    if (SHARED / "tokenizers" / vocabulary).is_dir():
+        shutil.copytree(SHARED / "tokenizers" / vocabulary, folder)
+    else:
+        stop = _small_vocabulary(folder, model, config)
+    write_model(folder, config, _weights(config, stop, first))
     generation = CONFIGS / f"{model}.generation_config.json"
-    if generation.exists():
+    if generation.exists() and stop == MODELS[model][1]:
         shutil.copy(generation, folder / "generation_config.json")
     plant_code(folder)
     return folder
+
+
+def _small_vocabulary(folder: Path, model: str, config: dict[str, Any]) -> int:
+    """Make a tokenizer of the model's kind, and let `config` have its rows and ids; returns where answers end."""
+    if model == "glm-4-9b-chat":
+        folder.mkdir()
+        write_ranks(folder)
+        configure(folder, tokenizer_class="ChatGLM4Tokenizer")
+    elif model == "chatglm-6b":
+        blanks = (f"<|blank_{length}|>" for length in range(2, 81))
+        train(
+            folder, model_type="unigram", hard_vocab_limit=False, normalization_rule_name="nmt_nfkc", vocab_size=480,
+            control_symbols=["<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"],
+            user_defined_symbols=["<n>", "<|tab|>", *blanks], remove_extra_whitespaces=True,
+        )  # fmt: skip
+        (folder / "tokenizer.model").rename(folder / "ice_text.model")
+        configure(folder, mask_token="[MASK]", gmask_token="[gMASK]", end_token="</s>", num_image_tokens=0)
+    else:
+        configure(train(folder), name_or_path=f"THUDM/{model.removesuffix('-32k')}")
+    tokenizer = glmquant.load_tokenizer(folder)
+    stop = prompt_for(tokenizer).stop_ids()[0]
+    if model == "chatglm-6b":
+        names = {"bos": "<sop>", "eos": "<eop>", "gmask": "[gMASK]", "mask": "[MASK]", "pad": "<pad>"}
+        ids = {f"{key}_token_id": tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
+        config.update(ids, vocab_size=len(tokenizer) + 8)
+    else:
+        config.update(padded_vocab_size=len(tokenizer) + 8, eos_token_id=stop, pad_token_id=0)
+    return stop
 
 
 def _weights(config: dict[str, Any], stop: int, first: bool) -> dict[str, torch.Tensor]:

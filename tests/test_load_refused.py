@@ -130,6 +130,13 @@ def test_a_bad_generation_config(tmp_path: Path) -> None:
     refused(folder, "generation_config.json")
 
 
+def test_a_configuration_that_transformers_refuses(tmp_path: Path) -> None:
+    refused(rewrite_config(tiny_model(tmp_path), pad_token_id=5000), "config.json", "within")
+    refused(
+        rewrite_config(tmp_path / "model", pad_token_id=0), "attn_implementation", attn_implementation="guess"
+    )
+
+
 def test_nothing_that_is_no_folder(tmp_path: Path) -> None:
     refused(tmp_path / "absent", "absent")
     refused(tmp_path, "no weights")

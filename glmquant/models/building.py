@@ -74,10 +74,17 @@ def open_checkpoint(path: PathLike, adapter: PathLike | None = None) -> Checkpoi
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
     """The model of `checkpoint` with its parameters on the meta device."""
-    model_class, config = _class_and_config(checkpoint)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with torch.device("meta"):
-        model = model_class._from_config(config, dtype=dtype, **options)
+    try:
+        model_class, config = _class_and_config(checkpoint)
+        with torch.device("meta"):
+            model = model_class._from_config(config, dtype=dtype, **options)
+    except (AssertionError, ArithmeticError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise SourceError(
+            f"config.json of {checkpoint.source.folder}, or attn_implementation, cannot be used to build the model "
+            f"({reason})."
+        ) from error
     for spec in checkpoint.present():
         weight = checkpoint.quantized.get(spec.name)
         if weight is not None:
