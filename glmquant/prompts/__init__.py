@@ -19,6 +19,7 @@ from .chatglm import ChatGLMPrompt
 from .chatglm2 import ChatGLM2Prompt
 from .chatglm3 import ChatGLM3Prompt
 from .glm4 import GLM4Prompt
+from .template import TemplatePrompt
 
 __all__ = [
     "PROMPTS",
@@ -31,6 +32,7 @@ __all__ = [
     "Prompt",
     "Response",
     "Sampling",
+    "TemplatePrompt",
     "Turn",
     "prompt_for",
 ]
@@ -59,15 +61,17 @@ def prompt_for(tokenizer: Any, *, encode_special_tokens: bool = False) -> Prompt
         encode_special_tokens: see `Prompt`.
 
     Raises:
-        UsageError: it is none of ChatGLM's or GLM-4's.
+        UsageError: it is none of ChatGLM's or GLM-4's, and has no chat template either.
     """
     kind = getattr(tokenizer, "kind", None) or next(
         (kind for kind, tokens in _MARKS if all(token_id(tokenizer, token) is not None for token in tokens)),
         None,
     )
     if kind not in PROMPTS:
+        if getattr(tokenizer, "chat_template", None):
+            return TemplatePrompt(tokenizer)
         raise UsageError(
-            f"{type(tokenizer).__name__} is not a tokenizer of ChatGLM-6B, ChatGLM2, ChatGLM3 or GLM-4; "
-            "pass what glmquant.load_tokenizer returns for the model's folder."
+            f"{type(tokenizer).__name__} is not a tokenizer of ChatGLM-6B, ChatGLM2, ChatGLM3 or GLM-4, and has no "
+            "chat template; pass what glmquant.load_tokenizer returns for the model's folder."
         )
     return PROMPTS[kind](tokenizer, encode_special_tokens=encode_special_tokens)

@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..errors import UsageError
 from ..tokenizers.kind import Kind
@@ -56,11 +56,11 @@ class Prompt(ABC):
         fallback: the token to choose when a row of scores holds no numbers.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[Kind | Literal["template"]]
     name: ClassVar[str]
     sampling: ClassVar[Sampling]
     stop_tokens: ClassVar[tuple[str, ...]]
-    fallback: ClassVar[int]
+    fallback: int
 
     def __init__(self, tokenizer: Any, *, encode_special_tokens: bool = False) -> None:
         self.tokenizer = tokenizer
