@@ -61,7 +61,7 @@ def test_a_conversation_that_the_template_refuses() -> None:
 
 
 def test_without_a_template_or_an_end() -> None:
-    with pytest.raises(UsageError, match="is not a tokenizer of ChatGLM-6B.*and has no chat template"):
+    with pytest.raises(UsageError, match=r"is not a tokenizer of ChatGLM-6B.*and has no chat template"):
         prompt_for(tokenizer(template=None))
     with pytest.raises(UsageError, match="states no eos_token"):
         prompt_for(tokenizer(eos=None))
