@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ._verify import Verification, verify
     from .errors import (
         GlmquantError,
+        HubError,
         OutputError,
         QuantizationError,
         QuantizedSourceError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from .hub import Download, download
     from .models.chat import chat, stream_chat
     from .models.loading import load
     from .plan import Plan
@@ -43,19 +45,20 @@ _HOMES = {
     "ConvertResult": "_convert", "convert": "_convert", "plan_conversion": "_convert",
     "Inspection": "_inspect", "inspect": "_inspect",
     "Verification": "_verify", "verify": "_verify",
-    "GlmquantError": "errors", "OutputError": "errors", "QuantizationError": "errors",
+    "GlmquantError": "errors", "HubError": "errors", "OutputError": "errors", "QuantizationError": "errors",
     "QuantizedSourceError": "errors", "SourceError": "errors", "UnsafeFileError": "errors",
     "UsageError": "errors", "VerificationError": "errors",
     "Plan": "plan", "Recipe": "recipe", "QuantizedTensor": "scheme", "Scheme": "scheme",
+    "Download": "hub", "download": "hub",
     "load": "models.loading", "load_tokenizer": "tokenizers.loading",
     "chat": "models.chat", "stream_chat": "models.chat",
 }  # fmt: skip
 
 __all__ = [
-    "ConvertResult", "GlmquantError", "Inspection", "OutputError", "Plan", "QuantizationError",
+    "ConvertResult", "Download", "GlmquantError", "HubError", "Inspection", "OutputError", "Plan", "QuantizationError",
     "QuantizedSourceError", "QuantizedTensor", "Recipe", "Scheme", "SourceError", "UnsafeFileError", "UsageError",
-    "Verification", "VerificationError", "__version__", "chat", "convert", "inspect", "load", "load_tokenizer",
-    "plan_conversion", "stream_chat", "verify",
+    "Verification", "VerificationError", "__version__", "chat", "convert", "download", "inspect", "load",
+    "load_tokenizer", "plan_conversion", "stream_chat", "verify",
 ]  # fmt: skip
 
 

@@ -73,6 +73,7 @@ def convert(
     workers: int | None = None,
     resume: bool = False,
     force: bool = False,
+    keep_source: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Quantize the checkpoint `source` into the new folder `out`.
@@ -81,7 +82,8 @@ def convert(
     for each worker, whatever the size of the model.
 
     Args:
-        source: a model folder.
+        source: a model folder, or a model on a hub (``hf:org/name``, ``ms:org/name``). Of the latter, the files of
+            weights are fetched while others are quantized, and deleted when they are done with.
         out: the folder to write; it appears only when it is whole and verified.
         recipe: what to do; by default INT4 in groups of 128 columns, as compressed-tensors.
         adapter: a PEFT LoRA folder to merge first.
@@ -89,6 +91,7 @@ def convert(
             run, torch works in one thread each, and glibc's malloc keeps freed memory; both hold for the process.
         resume: go on from the whole shards that an interrupted run left behind.
         force: replace an `out` that glmquant wrote before.
+        keep_source: keep what is fetched from a hub, in the cache of the hub's own client.
         progress: see `Progress`.
 
     Raises:
@@ -101,16 +104,20 @@ def convert(
     folder = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - resolve() would follow links
     _check_places(opened, folder)
     check_out(folder, force=force)
+    if opened.remote is not None:
+        opened.remote.fetch_sidecars()
     files = sidecar_files(opened.folder, opened.source.config, plan)
     with OutputFolder(folder, _digest(plan, opened), resume=resume, force=force) as output:
         finished = _whole_shards(output, plan)
-        _check_room(plan, finished, output.partial)
+        if opened.remote is not None:
+            opened.remote.keep_in(None if keep_source else output.fetched)
+        _check_room(plan, finished, output.partial, opened)
         # Hashing comes first: it has the second in which torch is loaded to itself.
-        with BackgroundHasher(opened.source.files) as hasher, _tuned_for_blocks():
+        with _fetching(opened), BackgroundHasher(opened.source.files) as hasher, _tuned_for_blocks():
             hashes, entries = _write_weights(
                 plan, opened, output, finished, workers or _cores(), hasher, progress
             )
-            source_files = hasher.result()
+            source_files = {**opened.remote_files, **hasher.result()}
         from . import _verify
 
         for name, data in files.items():
@@ -164,11 +171,15 @@ def _write_weights(
         else:
             todo.extend(_quantize.tasks(item, fmt.row_multiple))
     hasher.consumed(done)
+    if opened.remote is not None and progress is not None:
+        opened.remote.on_shard = lambda shard, got, size: progress(
+            done, plan.source_nbytes, f"fetching {shard}, {100 * got // max(1, size)} %"
+        )
     shards = _SourceShards(opened.source, todo)
     error = _quantize.ItemError()
     try:
         for task, result in _in_order(
-            todo, workers, lambda t: _quantize.run(t, opened.source, quantizer, fmt)
+            todo, workers, lambda t: _quantize.run(t, opened.source, quantizer, fmt), opened.stop_fetching
         ):
             item = task.item
             error.add(result)
@@ -214,9 +225,12 @@ class _SourceShards:
 
 
 def _in_order(
-    todo: list[Task], workers: int, work: Callable[[Task], TaskResult]
+    todo: list[Task], workers: int, work: Callable[[Task], TaskResult], abandon: Callable[[], None]
 ) -> Iterator[tuple[Task, TaskResult]]:
-    """Results of `work` in the order of `todo`, a few tasks ahead of the caller; without threads for one worker."""
+    """Results of `work` in the order of `todo`, a few tasks ahead of the caller; without threads for one worker.
+
+    `abandon` is called if it ends early: workers may be waiting for what will not be needed.
+    """
     if workers == 1:
         for task in todo:
             yield task, work(task)
@@ -232,15 +246,29 @@ def _in_order(
             while ahead:
                 first, future = ahead.popleft()
                 yield first, future.result()
+        except BaseException:
+            abandon()
+            raise
         finally:
             for _, future in ahead:
                 future.cancel()
 
 
+@contextmanager
+def _fetching(opened: OpenedSource) -> Iterator[None]:
+    """While files of a source on a hub may come; they are gone afterwards if all went well."""
+    try:
+        yield
+        if opened.remote is not None:
+            opened.remote.discard()
+    finally:
+        opened.stop_fetching()
+
+
 def _digest(plan: Plan, opened: OpenedSource) -> str:
     """Identifies what would be written, so that nothing else is resumed."""
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in opened.source.files]
-    return plan.digest(__version__, version("torch"), repr(state))
+    return plan.digest(__version__, version("torch"), repr(state), *map(repr, opened.remote_files.items()))
 
 
 def _whole_shards(output: OutputFolder, plan: Plan) -> dict[str, Any]:
@@ -272,8 +300,10 @@ def _check_places(opened: OpenedSource, out: Path) -> None:
             raise OutputError(f"the {what} {folder} is inside OUT {out}; choose another OUT.")
 
 
-def _check_room(plan: Plan, finished: dict[str, Any], folder: Path) -> None:
+def _check_room(plan: Plan, finished: dict[str, Any], folder: Path, opened: OpenedSource) -> None:
     needed = sum(shard.nbytes for shard in plan.shards if shard.file not in finished)
+    if opened.remote is not None:
+        needed += opened.remote.peak_bytes
     # Not counting on what half-written files take: they are gone by now.
     free = shutil.disk_usage(folder).free
     if needed > free:

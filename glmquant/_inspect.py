@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import families, formats, hub
-from ._open import PathLike
-from .checkpoint.source import open_folder
+from . import families, formats
+from ._open import PathLike, open_described
 from .families import Dims, Role
 
 _CACHE_BYTES = 2  # of one number in a 16-bit KV cache
@@ -88,8 +87,7 @@ def inspect(ref: PathLike) -> Inspection:
     Raises:
         SourceError: it is no checkpoint of a known family, or a damaged one.
     """
-    folder = hub.resolve(ref).folder
-    source = open_folder(folder)
+    source = open_described(ref)
     family = families.detect(source.config)
     dims = family.dims(source.config)
     fmt = formats.detect(source.config)
@@ -107,7 +105,7 @@ def inspect(ref: PathLike) -> Inspection:
         if tensor.role is not Role.BUFFER and tensor.name in stored
     )
     return Inspection(
-        folder=folder,
+        folder=source.folder,
         model=family.describe(source.config),
         family=family.name,
         layout=layout,

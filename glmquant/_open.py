@@ -12,6 +12,7 @@ from .checkpoint.decoded import DecodedSource
 from .checkpoint.source import TensorSource, open_folder
 from .errors import QuantizedSourceError
 from .formats import Format
+from .hub.source import HubSource
 
 PathLike = str | os.PathLike[str]
 
@@ -24,6 +25,34 @@ class OpenedSource:
     folder: Path
     stored_as: Format
     adapter: Path | None
+    remote: HubSource | None = None
+    """set where `source` reads from a hub"""
+
+    def stop_fetching(self) -> None:
+        """Let nobody wait any longer for something on a hub."""
+        if self.remote is not None:
+            self.remote.close()
+
+    @property
+    def remote_files(self) -> dict[str, dict[str, object]]:
+        """Size and SHA-256 of the files of weights on a hub, by name, as in a report."""
+        if self.remote is None:
+            return {}
+        files = (self.remote.repository.files[shard] for shard in self.remote.weights.shards)
+        return {file.name: {"bytes": file.size, "sha256": file.sha256} for file in files}
+
+
+def open_described(ref: PathLike) -> TensorSource:
+    """Open a checkpoint as it is stored: a folder, or a model on a hub, of which headers alone are read.
+
+    Raises:
+        SourceError: it is no sound checkpoint.
+        HubError: the hub does not give it.
+    """
+    found = hub.resolve(ref)
+    if found.folder is None and not hub.is_offline():
+        return HubSource(hub.open_repository(found))
+    return open_folder(found.folder or hub.offline_folder(found))
 
 
 def open_source(ref: PathLike, adapter: PathLike | None = None) -> OpenedSource:
@@ -33,8 +62,9 @@ def open_source(ref: PathLike, adapter: PathLike | None = None) -> OpenedSource:
         SourceError: it is no sound checkpoint of a known family.
         QuantizedSourceError: it is quantized in a way that cannot be converted from.
     """
-    folder = hub.resolve(ref).folder
-    source = open_folder(folder)
+    source = open_described(ref)
+    remote = source if isinstance(source, HubSource) else None
+    folder = source.folder
     family = families.detect(source.config)
     dims = family.dims(source.config)
     stored_as = formats.detect(source.config)
@@ -42,11 +72,11 @@ def open_source(ref: PathLike, adapter: PathLike | None = None) -> OpenedSource:
         source = DecodedSource(source, stored_as, family, dims)
     elif stored_as.name != "safetensors":
         raise QuantizedSourceError(
-            f"{folder} is quantized already ({stored_as.name}); convert from its 16-bit original. "
+            f"{hub.resolve(ref)} is quantized already ({stored_as.name}); convert from its 16-bit original. "
             "(THUDM's INT4 and INT8 checkpoints can be converted from.)"
         )
     if adapter is not None:
         source = AdapterSource(source, Path(adapter).expanduser(), family, dims)
     return OpenedSource(
-        source, folder, stored_as, Path(adapter).expanduser() if adapter is not None else None
+        source, folder, stored_as, Path(adapter).expanduser() if adapter is not None else None, remote
     )

@@ -58,12 +58,21 @@ def build_report(
         "source": {
             "stored_as": opened.stored_as.name,
             "adapter": opened.adapter is not None,
+            **_repository(opened),
             "files": dict(source_files),
         },
         "files": files,
         "summary": summary,
         "tensors": {item.name: entries[item.name] for item in plan.items},
     }
+
+
+def _repository(opened: OpenedSource) -> dict[str, Any]:
+    """Where on a hub the source is."""
+    if opened.remote is None:
+        return {}
+    ref = opened.remote.repository.ref
+    return {"repository": f"{ref.hub}:{ref.name}", "commit": opened.remote.repository.commit}
 
 
 def _elements(shape: tuple[int, ...]) -> int:

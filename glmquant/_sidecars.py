@@ -12,17 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from . import families, formats
-from .checkpoint.files import check_inside, read_json
+from .checkpoint.files import CARRIED, check_inside, read_json
 from .families import Dims
 from .formats import StoredWeight
 from .plan import Plan
-
-_CARRIED = (
-    "generation_config.json",
-    "tokenizer.json", "tokenizer.model", "ice_text.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "LICENSE*", "MODEL_LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 # Rows of the embedding beyond the tokenizer are padding; with this many, the role tokens of ChatGLM3 exist.
 _CHATGLM3_ROWS = 65024
@@ -32,7 +25,7 @@ _CHATGLM3_STOPS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 def sidecar_files(folder: Path, source_config: Mapping[str, Any], plan: Plan) -> dict[str, bytes]:
     """Everything but the weights and the report, by file name."""
     files = {}
-    for pattern in _CARRIED:
+    for pattern in CARRIED:
         for path in sorted(folder.glob(pattern)):
             if path.is_file():
                 check_inside(folder, path.name, "the checkpoint folder")

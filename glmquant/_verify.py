@@ -88,7 +88,7 @@ def verify(
             wrong inside the folder is in `Verification.problems`.
         UsageError: an adapter was merged and `adapter` does not name it.
     """
-    folder = hub.resolve(out).folder
+    folder = hub.local_folder(out)
     result = Verification(folder)
     report = _check_hashes(folder, result)
     try:

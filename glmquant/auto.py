@@ -95,7 +95,11 @@ class ChatGLMAutoModel:
         Raises:
             UsageError: an option that would be without its effect, such as another library's quantization.
         """
-        folder = hub.resolve(pretrained_model_name_or_path).folder
+        revision = options.get("revision")
+        at = f"@{revision}" if revision and hub.resolve(pretrained_model_name_or_path).folder is None else ""
+        folder = hub.local_folder(
+            f"{pretrained_model_name_or_path}{at}" if at else pretrained_model_name_or_path
+        )
         if config is not None:
             _refuse_changes(config, folder)
         given = {name: options.pop(name) for name in _LOAD_OPTIONS if name in options}

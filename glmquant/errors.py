@@ -7,6 +7,7 @@
     ├── SourceError               the checkpoint that is read is missing, damaged or unknown
     │   ├── UnsafeFileError       a file that would run code or reach outside its folder
     │   └── QuantizedSourceError  the checkpoint is already quantized
+    ├── HubError                  a hub that does not answer, or not with what was asked for
     ├── QuantizationError         a weight that cannot be quantized (NaN, Inf, scale overflow)
     ├── OutputError               OUT cannot be written: exists, is locked, disk full
     └── VerificationError         what was written is not what was planned
@@ -37,6 +38,10 @@ class UnsafeFileError(SourceError):
 
 class QuantizedSourceError(SourceError):
     """The checkpoint is quantized already, in a way that cannot be converted from."""
+
+
+class HubError(GlmquantError):
+    """A hub cannot be reached, refuses, or sends something else than it lists; what was fetched is kept."""
 
 
 class QuantizationError(GlmquantError):

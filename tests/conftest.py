@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from hub import HubServer
 
 
 def pytest_configure() -> None:
@@ -11,3 +19,12 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub on this machine, which the real clients use; see `hub.server`."""
+    from helpers_hub import running_hub
+
+    with running_hub(tmp_path, monkeypatch) as running:
+        yield running

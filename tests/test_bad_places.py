@@ -30,18 +30,6 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("source", "command"),
-    [
-        ("THUDM/chatglm3-6b", "hf download THUDM/chatglm3-6b --local-dir"),
-        ("hf:THUDM/chatglm3-6b@main", "hf download THUDM/chatglm3-6b --revision main"),
-        ("ms:ZhipuAI/chatglm3-6b", "modelscope download --model ZhipuAI/chatglm3-6b"),
-    ],
-)
-def test_a_model_that_is_not_here_says_how_to_get_it(source: str, command: str, out: Path) -> None:
-    refused(source, out, source, command)
-
-
-@pytest.mark.parametrize(
     "source", ["", "no/such/folder", "/no/such", "./model", "~nobody/model", "a\0b"], ids=repr
 )
 def test_a_source_that_does_not_exist(source: str, out: Path) -> None:

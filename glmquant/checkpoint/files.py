@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_FILE = "model.safetensors"
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_FILE = "pytorch_model.bin"
+
+CARRIED = (
+    "generation_config.json",
+    "tokenizer.json", "tokenizer.model", "ice_text.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "LICENSE*", "MODEL_LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Files beside the weights that are of use; none of them is code."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +52,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def find_weights(folder: Path) -> WeightFiles:
+def find_weights(folder: Path, listed: Container[str] | None = None) -> WeightFiles:
     """Find the weight files of `folder`, safetensors before ``.bin``, and check that each is there.
+
+    Args:
+        folder: where the index is.
+        listed: the files that there are, where they are not in `folder` but on a hub.
 
     Raises:
         SourceError: there are none, a shard is missing, or an index is malformed.
         UnsafeFileError: an index names a file outside the folder.
     """
     for index, single in ((SAFETENSORS_INDEX, SAFETENSORS_FILE), (BIN_INDEX, BIN_FILE)):
-        if (folder / index).exists():
-            return _from_index(folder, index)
-        if (folder / single).exists():
+        if _is_there(folder, index, listed):
+            return _from_index(folder, index, listed)
+        if _is_there(folder, single, listed):
             check_inside(folder, single, "the checkpoint folder")
             return WeightFiles((single,), None)
     pieces = sorted(p.name for p in folder.glob("*-of-*") if p.suffix in (".safetensors", ".bin"))
@@ -67,7 +80,7 @@ def find_weights(folder: Path) -> WeightFiles:
     )
 
 
-def _from_index(folder: Path, index: str) -> WeightFiles:
+def _from_index(folder: Path, index: str, listed: Container[str] | None) -> WeightFiles:
     weight_map = read_json(folder / index).get("weight_map")
     if (
         not isinstance(weight_map, dict)
@@ -78,7 +91,7 @@ def _from_index(folder: Path, index: str) -> WeightFiles:
     shards = tuple(sorted(set(weight_map.values())))
     for shard in shards:
         check_inside(folder, shard, index)
-        if not _is_file(folder / shard):
+        if not _is_there(folder, shard, listed):
             wanted = sum(value == shard for value in weight_map.values())
             raise SourceError(
                 f"shard {shard[:100]!r} is missing from {folder}: {index} expects it to hold {wanted} "
@@ -133,8 +146,10 @@ def first_bytes(path: Path) -> bytes:
     return start
 
 
-def _is_file(path: Path) -> bool:
+def _is_there(folder: Path, name: str, listed: Container[str] | None) -> bool:
+    if listed is not None:
+        return name in listed
     try:
-        return path.is_file()
+        return (folder / name).is_file()
     except OSError:  # a name that is too long
         return False

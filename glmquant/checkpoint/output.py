@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import OutputError
+from ..errors import HubError, OutputError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _JOURNAL = ".glmquant-journal.json"
 _LOCK = ".glmquant-lock"
+_FETCHED = ".glmquant-source"
 REPORT = "quantization_report.json"
 
 
@@ -41,12 +42,14 @@ class OutputFolder:
     Attributes:
         partial: where to write until `commit`.
         finished: journal entries of the shards that an earlier run finished, by file name.
+        fetched: where files of the source may be kept; what is there is resumed like everything else.
     """
 
     def __init__(self, out: Path, digest: str, *, resume: bool = False, force: bool = False) -> None:
         # A link keeps pointing where it points; what it points to is written and replaced.
         self.out = out = out.resolve() if out.is_symlink() else out
         self.partial = out.with_name(out.name + ".partial")
+        self.fetched = self.partial / _FETCHED
         self.finished: dict[str, Any] = {}
         self._digest, self._resume, self._force = digest, resume, force
         self._lock = FileLock(self.partial / _LOCK)
@@ -70,7 +73,9 @@ class OutputFolder:
             self._lock.release()  # and nothing else: somebody's work is in there
             raise
         try:
-            _empty(self.partial, keep={_LOCK, _JOURNAL, *self.finished})
+            _empty(
+                self.partial, keep={_LOCK, _JOURNAL, *self.finished, *([_FETCHED] if self._resume else [])}
+            )
             self._write_journal()
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -85,10 +90,14 @@ class OutputFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and not self.finished:
+        if kind is not None and not self.finished and not self._worth_resuming(error):
             # Nothing in it is worth resuming. Removed under the lock: a moment later it may be somebody else's.
             _remove(self.partial)
         self._lock.release()
+
+    def _worth_resuming(self, error: BaseException | None) -> bool:
+        """Whether files of the source were fetched, and it is not for what is in them that the run has ended."""
+        return self.fetched.exists() and (isinstance(error, HubError) or not isinstance(error, Exception))
 
     def _check_partial(self) -> None:
         """Refuse a folder of that name that no glmquant left behind: it is about to be emptied."""

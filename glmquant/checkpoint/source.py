@@ -264,6 +264,14 @@ def open_folder(folder: Path) -> TensorSource:
     Raises:
         SourceError: see `find_weights`, `SafetensorsSource` and `BinSource`.
     """
-    weights = find_weights(folder)
+    return _source(folder, find_weights(folder))
+
+
+def open_shard(folder: Path, shard: str) -> TensorSource:
+    """Open one shard of a checkpoint as if there were no other; `folder` need hold nothing else."""
+    return _source(folder, WeightFiles((shard,), None))
+
+
+def _source(folder: Path, weights: WeightFiles) -> TensorSource:
     kind = SafetensorsSource if weights.shards[0].endswith(".safetensors") else BinSource
     return kind(folder, weights)

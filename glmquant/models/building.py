@@ -56,7 +56,7 @@ def open_checkpoint(path: PathLike, adapter: PathLike | None = None) -> Checkpoi
         QuantizedSourceError: it is quantized in a way that is not known here.
         UsageError: an adapter is to be merged into quantized weights.
     """
-    source = open_folder(hub.resolve(path).folder)
+    source = open_folder(hub.local_folder(path))
     family = families.detect(source.config)
     dims = family.dims(source.config)
     stored_as = formats.detect(source.config)

@@ -55,7 +55,7 @@ def model_folder(folder: str | PathLike[str]) -> Path:
     Raises:
         SourceError: it is not a folder on this machine.
     """
-    return hub.resolve(folder).folder
+    return hub.local_folder(folder)
 
 
 def class_for(folder: Path) -> type[OriginalTokenizer]:

@@ -1,0 +1,151 @@
+"""A model repository on a hub, pinned to one commit: what both hubs have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from .._hashing import sha256
+from ..errors import HubError, UnsafeFileError
+from .refs import Ref
+
+OnBytes = Callable[[int], None]
+"""Called with the bytes that came just now; may raise to stop."""
+
+# Beyond this a listing is wrong, and the arithmetic of disk space pointless.
+_LARGEST = 1 << 50
+_LONGEST_NAME = 255
+
+
+class Stopped(BaseException):
+    """Raised out of `OnBytes` to end a download: no client takes it for a failure that is worth another try."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    r"""A file as the hub lists it; one of the hashes is known.
+
+    Attributes:
+        sha256: of the content.
+        blob_id: git's: SHA-1 of ``blob <size>\0`` and the content.
+    """
+
+    name: str
+    size: int
+    sha256: str | None = None
+    blob_id: str | None = None
+
+    def matches(self, path: Path) -> bool:
+        """Whether a file is this one, by size and hash."""
+        if path.stat().st_size != self.size:
+            return False
+        if self.sha256 is not None:
+            return sha256(path) == self.sha256
+        if self.blob_id is None:
+            return True
+        digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+        digest.update(path.read_bytes())
+        return digest.hexdigest() == self.blob_id
+
+
+class Repository(ABC):
+    """A repository at one commit.
+
+    Attributes:
+        ref: as it was asked for.
+        endpoint: the hub's address.
+        commit: what the revision was when it was looked up.
+        files: by name, as listed.
+    """
+
+    def __init__(self, ref: Ref, endpoint: str) -> None:
+        self.ref, self.endpoint = ref, endpoint
+        self.commit = ""
+        self.files: Mapping[str, RemoteFile] = {}
+
+    @abstractmethod
+    def cached(self, name: str) -> Path | None:
+        """Where the client's cache holds a whole file."""
+
+    @abstractmethod
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes ``start..stop`` of a file.
+
+        Raises:
+            HubError: the hub does not give them.
+        """
+
+    @abstractmethod
+    def _fetch(self, name: str, folder: Path | None, again: bool, on_bytes: OnBytes | None) -> Path:
+        """Have the client download a file, into its cache or into `folder`; `again` discards what is there."""
+
+    def fetch(self, name: str, folder: Path | None = None, on_bytes: OnBytes | None = None) -> Path:
+        """Download a file, resuming what an earlier run left, and check its size and hash.
+
+        Args:
+            name: one of `files`.
+            folder: where to put it; None is the cache of the hub's own client.
+            on_bytes: see `OnBytes`.
+
+        Raises:
+            HubError: the hub does not give it, or twice something else than it lists.
+        """
+        file = self.files[name]
+        if folder is not None and (folder / name).is_file() and file.matches(folder / name):
+            if on_bytes is not None:
+                on_bytes(file.size)
+            return folder / name
+        path = self._fetch(name, folder, False, on_bytes)
+        if not file.matches(path):
+            path = self._fetch(name, folder, True, on_bytes)
+            if not file.matches(path):
+                _remove(path)
+                raise HubError(
+                    f"{name} of {self.ref} came twice with another content than {self.endpoint} lists; it was removed. "
+                    "Try again later, or another mirror."
+                )
+        return path
+
+    def small_file(self, name: str) -> Path:
+        """A file in the client's cache, downloaded if it has to be."""
+        return self.cached(name) or self.fetch(name)
+
+
+def check_name(name: str, ref: Ref) -> None:
+    """Refuse file names that lead out of a folder, or that no honest repository has.
+
+    Raises:
+        UnsafeFileError: it is one of those.
+    """
+    path = PurePosixPath(name)
+    if (
+        not name
+        or path.is_absolute()
+        or {"..", "."} & set(name.split("/"))
+        or "\\" in name
+        or ":" in name
+        or not name.isprintable()
+        or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts)
+    ):
+        raise UnsafeFileError(f"{ref} lists a file called {name!r}; nothing of it was downloaded.")
+
+
+def check_size(size: object, name: str, ref: Ref) -> int:
+    """A size as a listing states it.
+
+    Raises:
+        HubError: no file has that size.
+    """
+    if not isinstance(size, int) or not 0 <= size <= _LARGEST:
+        raise HubError(f"{ref} lists {name!r} with a size of {size!r}; the hub or a mirror of it is broken.")
+    return size
+
+
+def _remove(path: Path) -> None:
+    target = path.resolve()
+    path.unlink(missing_ok=True)
+    target.unlink(missing_ok=True)  # in caches of Hugging Face the first is a link to the second

@@ -1,0 +1,178 @@
+"""A checkpoint on a hub as a `TensorSource`: headers by ranges, shards when they are needed."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.files import WeightFiles, find_weights, read_json
+from ..checkpoint.source import TensorInfo, TensorSource, open_shard
+from ..errors import SourceError
+from .fetching import check_room, fetch_description, fetch_sidecars
+from .headers import read_infos
+from .repository import Repository, Stopped
+
+if TYPE_CHECKING:
+    import torch
+
+OnShard = Callable[[str, int, int], None]
+"""Called with the name of a shard, the bytes of it that are here, and its size."""
+
+_PATIENCE_S = 1.0  # clients notice that they are to stop when the next bytes come
+
+
+class HubSource:
+    """Shards come one after the other, in one thread, in the order in which they were announced by `prefetch`.
+
+    By default into the cache of the hub's own client, where they stay; `keep_in` has them in a scratch folder, and
+    deleted as soon as they are released. What is in the cache already is used from there.
+    """
+
+    # Nothing to be hashed: files are, as they arrive.
+    files: tuple[Path, ...] = ()
+
+    def __init__(self, repository: Repository) -> None:
+        self.repository = repository
+        self.folder = fetch_description(repository)
+        self.config: dict[str, Any] = read_json(self.folder / "config.json")
+        self.weights: WeightFiles = find_weights(self.folder, repository.files)
+        self.on_shard: OnShard | None = None
+        self._scratch: Path | None = None
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._wanted: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._shards: dict[str, Future[TensorSource]] = {}
+        self._thread: threading.Thread | None = None
+
+    @cached_property
+    def _infos(self) -> Mapping[str, TensorInfo]:
+        return read_infos(self.repository, self.weights)
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """See `TensorSource`."""
+        return self._infos
+
+    def fetch_sidecars(self) -> None:
+        """Put the tokenizer and the other files beside the weights into `folder`."""
+        fetch_sidecars(self.repository)
+
+    def keep_in(self, scratch: Path | None) -> None:
+        """Keep shards in the folder `scratch`, each only until it is released; None: in the client's cache, for good.
+
+        Raises:
+            OutputError: the cache has no room for them.
+        """
+        self._scratch = scratch
+        if scratch is None:
+            check_room(sum(self._missing()), self.folder)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that shards take in the scratch folder: one in work, one on its way."""
+        return sum(sorted(self._missing())[-2:]) if self._scratch is not None else 0
+
+    def _missing(self) -> list[int]:
+        """Sizes of the shards that have to be fetched."""
+        repository = self.repository
+        return [repository.files[s].size for s in self.weights.shards if repository.cached(s) is None]
+
+    def prefetch(self, shard: str) -> None:
+        """See `TensorSource`."""
+        with self._lock:
+            if shard in self._shards:
+                return
+            self._shards[shard] = Future()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="glmquant-fetch", daemon=True)
+                self._thread.start()
+        self._wanted.put(shard)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """See `TensorSource`; waits for the shard."""
+        shard = self._infos[name].shard
+        self.prefetch(shard)
+        return self._shards[shard].result().read(name, start, stop)
+
+    def release(self, shard: str) -> None:
+        """See `TensorSource`."""
+        with self._lock:
+            future = self._shards.pop(shard, None)
+        if future is None or not future.done() or future.exception() is not None:
+            return
+        source = future.result()
+        source.release(shard)
+        if self._scratch is not None and source.folder == self._scratch:
+            (source.folder / shard).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Stop what is on its way, and whoever waits for it; what is there can be resumed."""
+        self._stopped.set()
+        self._wanted.put(None)
+        for future in list(self._shards.values()):
+            _settle(future, error=Stopped())
+        if self._thread is not None:
+            self._thread.join(_PATIENCE_S)
+
+    def discard(self) -> None:
+        """Delete the scratch folder."""
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _work(self) -> None:
+        while (shard := self._wanted.get()) is not None:
+            future = self._shards.get(shard)
+            if future is None:  # released before it came
+                continue
+            try:
+                _settle(future, self._fetched(shard))
+            except BaseException as error:
+                _settle(future, error=error)
+                if self._stopped.is_set():
+                    return
+
+    def _fetched(self, shard: str) -> TensorSource:
+        repository = self.repository
+        size = repository.files[shard].size
+        got = 0
+
+        def count(nbytes: int) -> None:
+            nonlocal got
+            if self._stopped.is_set():
+                raise Stopped
+            got += nbytes
+            if self.on_shard is not None:
+                self.on_shard(shard, got, size)
+
+        folder = self._scratch
+        path = repository.cached(shard)
+        if path is not None:
+            folder = path.parents[shard.count("/")]
+        elif folder is None:
+            folder = repository.fetch(shard, None, count).parents[shard.count("/")]
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            repository.fetch(shard, folder, count)
+        source = open_shard(folder, shard)
+        here = {name: (info.dtype, info.shape) for name, info in source.infos().items()}
+        listed = {n: (i.dtype, i.shape) for n, i in self._infos.items() if i.shard == shard}
+        if listed.items() - here.items():
+            raise SourceError(f"{shard} of {repository.ref} holds other tensors than its header told before.")
+        return source
+
+
+def _settle(
+    future: Future[TensorSource], source: TensorSource | None = None, error: BaseException | None = None
+) -> None:
+    """Give a future its outcome, unless it has one."""
+    with suppress(InvalidStateError):
+        if error is not None or source is None:
+            future.set_exception(error)
+        else:
+            future.set_result(source)

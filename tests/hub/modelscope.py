@@ -1,0 +1,88 @@
+"""What modelscope_hub asks a hub for, downloading."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from .protocol import TOKEN, Answer, Request
+from .repositories import Repository
+
+if TYPE_CHECKING:
+    from .server import HubServer
+
+PREFIXES = ("/api/v1/", "/openapi/")
+_ID = r"(?P<name>[^/]+/[^/]+)"
+_ROUTES = (
+    (rf"/api/v1/models/{_ID}/repo/files", "_files"),
+    (rf"/api/v1/models/{_ID}/repo", "_file"),
+    (rf"/api/v1/models/{_ID}/revisions", "_revisions"),
+    (rf"/api/v1/models/{_ID}", "_model"),
+)
+
+
+def answer(server: HubServer, request: Request) -> Answer:
+    """Answer any request."""
+    for pattern, route in _ROUTES:
+        match = re.fullmatch(pattern, request.path)
+        if match is None or request.method not in ("GET", "HEAD"):
+            continue
+        repository = server.repositories.get(match["name"])
+        if repository is None:
+            return _error(404, 10010205001, "record not found")
+        if repository.private and request.token != TOKEN:
+            return _error(404 if request.token is None else 403, 10010205001, "no permission")
+        if repository.gated and request.token != TOKEN:
+            return _error(403, 10020101403, "access to this model has to be applied for")
+        asked = request.query.get("Revision", "master")
+        revision = repository.resolve(repository.default if asked == "master" else asked)
+        found: Answer = globals()[route](server, request, repository, revision)
+        return found
+    return _error(404, 404, f"no such route: {request.method} {request.path}")
+
+
+def _error(status: int, code: int, message: str) -> Answer:
+    return Answer.of_json({"Code": code, "Message": message, "Success": False}, status)
+
+
+def _data(value: object) -> Answer:
+    return Answer.of_json({"Code": 200, "Data": value, "Message": "success", "Success": True})
+
+
+def _files(server: HubServer, request: Request, repository: Repository, revision: str | None) -> Answer:
+    if revision is None:  # this is how ModelScope says so
+        return _data({"Files": None, "IsVisual": 0, "LatestCommitter": None})
+    entries = [
+        {
+            "Name": name.rpartition("/")[2],
+            "Path": name,
+            "Type": "blob",
+            "Size": repository.size_of(name, file),
+            "Sha256": repository.sha256_of(name, file),
+            "IsLFS": file.large,
+            "Revision": revision,
+            "CommittedDate": 1700000000,
+        }
+        for name, file in repository.commits[revision].items()
+    ]
+    return _data({"Files": entries, "IsVisual": 0, "LatestCommitter": {"Id": "", "ShortId": revision[:8]}})
+
+
+def _file(server: HubServer, request: Request, repository: Repository, revision: str | None) -> Answer:
+    stored = repository.commits.get(revision or "", {}).get(request.query.get("FilePath", ""))
+    if stored is None:
+        return _error(404, 10010205001, "file not found")
+    headers = {"X-Linked-ETag": f'"{stored.sha256}"'}
+    # Small files come without a redirect, and whole whatever the range.
+    return Answer(200, headers, file=stored, ranges=stored.large)
+
+
+def _revisions(server: HubServer, request: Request, repository: Repository, revision: str | None) -> Answer:
+    names = ["master" if name == repository.default else name for name in repository.branches]
+    branches = [{"Revision": name, "CreatedAt": 1700000000} for name in names]
+    return _data({"RevisionMap": {"Branches": branches, "Tags": []}})
+
+
+def _model(server: HubServer, request: Request, repository: Repository, revision: str | None) -> Answer:
+    owner, _, name = repository.name.partition("/")
+    return _data({"Path": owner, "Name": name, "Visibility": 1 if repository.private else 5, "Id": 1})
