@@ -120,10 +120,10 @@ def _squared_sums(block: torch.Tensor, quantized: QuantizedTensor) -> tuple[floa
 
 
 def _square_sum(block: torch.Tensor) -> float:
-    """Sum of squares of float32 [rows, columns]; overwrites `block`. float32 along a row, float64 from row to row:
-    torch's order of summation differs between processors, and this keeps what it changes below the reported digits.
+    """Sum of squares of float32 [rows, columns]; overwrites `block`. Squares in float32, their sum in float64: orders
+    of summation differ between devices, and this keeps what they change far below the reported digits.
     """
-    return block.mul_(block).sum(1).sum(dtype=torch.float64).item()
+    return block.mul_(block).sum(dtype=torch.float64).item()
 
 
 def _compare(before: QuantizedTensor, after: QuantizedTensor, item: Item, fmt: Format) -> None:
