@@ -190,6 +190,13 @@ def inspect(ref: str, as_json: bool) -> None:
     help="Input embeddings in 8 bit; in cpm (ChatGLM-6B only) they and the head at --bits.",
 )
 @click.option("--adapter", type=click.Path(), metavar="DIR", help="Merge this LoRA (PEFT) first.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to quantize: auto is a GPU if there is one.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one for each core]")
 @click.option("--max-shard-size", default="4GB", show_default=True, metavar="SIZE", help="Largest file.")
 @click.option("--resume", is_flag=True, help="Go on from the whole shards of an interrupted run.")
@@ -208,6 +215,7 @@ def convert(
     quantize_head: bool,
     quantize_embeddings: bool,
     adapter: str | None,
+    device: str,
     workers: int | None,
     max_shard_size: str,
     resume: bool,
@@ -251,6 +259,7 @@ def convert(
             out,
             recipe,
             adapter=adapter,
+            device=device,
             workers=workers,
             resume=resume,
             force=force,
