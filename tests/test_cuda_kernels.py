@@ -16,6 +16,7 @@ from torch import Tensor
 from glmquant import formats
 from glmquant._cuda import packing
 from glmquant._cuda.packing import Layout
+from glmquant._quantize import _squared_sums
 from glmquant.packing import (
     pack_int32,
     pack_nibbles_high_first,
@@ -114,6 +115,16 @@ def test_rows_of_any_width(method: str, columns: int) -> None:
     for bits, symmetric in itertools.product((4, 8), (True, False)):
         if symmetric or method != "thudm":
             assert_same(random_weight("heavy-tail", 3, columns), Scheme(bits, None, symmetric), method)
+
+
+@pytest.mark.parametrize("columns", [256, 4096, 13696])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sums_as_large_as_they_get(bits: int, columns: int) -> None:
+    """Every weight is an extreme, so that every product has the largest code and the largest value."""
+    for symmetric in (True, False):
+        weight = torch.full((2, columns), 0.37, dtype=torch.float16)
+        weight[1, ::2] *= -1
+        assert_same(weight, Scheme(bits, None, symmetric), "mse")
 
 
 @MANY
@@ -255,5 +266,5 @@ def test_dequantizing_with_any_scale(dtype: torch.dtype) -> None:
 def test_errors(columns: int, dtype: torch.dtype, symmetric: bool) -> None:
     weight = random_weight("heavy-tail", 64, columns).to(dtype)
     quantized = QUANTIZERS["rtn"](weight, Scheme(4, None, symmetric))
-    expected = native.squared_sums(weight, quantized)
+    expected = _squared_sums(weight, quantized)
     assert cuda.squared_sums(weight, quantized) == pytest.approx(expected, rel=1e-12)
