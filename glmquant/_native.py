@@ -17,6 +17,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from ._cache import cache_folder
+
 # No contraction of a*b+c and no -ffast-math: roundings are part of what a kernel promises.
 _FLAGS = (
     "-O3",
@@ -103,7 +105,7 @@ def _folder() -> Path:
 
 def _built(compiler: str) -> Path:
     """The library made of ``kernels/cpu``, from the cache if it is there."""
-    cache = _cache_folder()
+    cache = cache_folder("native")
     program = Path(compiler).resolve()
     texts = [path.read_text() for path in sorted(_folder().iterdir()) if path.suffix in (".cpp", ".h")]
     key = [*texts, *_FLAGS, str(_TUNINGS), str(program), str(program.stat().st_mtime_ns), _processor()]
@@ -121,19 +123,6 @@ def _built(compiler: str) -> Path:
         done.check_returncode()
         made.replace(path)  # whole or not at all, whoever else builds it
     return path
-
-
-def _cache_folder() -> Path:
-    named = os.environ.get("GLMQUANT_CACHE")
-    shared = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(named) if named else (Path(shared) if shared else Path.home() / ".cache") / "glmquant"
-    folder = folder / "native"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="glmquant-native-"))
 
 
 def _processor() -> str:
