@@ -20,12 +20,12 @@ from ._open import OpenedSource, PathLike, open_source
 from ._report import build_report, item_entry
 from ._sidecars import sidecar_files, to_json
 from ._version import __version__
-from .checkpoint.output import REPORT, OutputFolder, check_out, show_size, write_synced
+from .checkpoint.output import REPORT, OutputFolder, check_out, write_synced
 from .checkpoint.sink import ShardedSink, ShardLayout
 from .checkpoint.source import TensorSource
 from .errors import OutputError, UsageError
 from .plan import Plan, make_plan
-from .recipe import Recipe
+from .recipe import Recipe, show_size
 
 if TYPE_CHECKING:
     from ._device import Gpu
@@ -55,14 +55,28 @@ class ConvertResult:
 
 
 def plan_conversion(
-    source: PathLike, recipe: Recipe | None = None, *, adapter: PathLike | None = None
+    source: PathLike,
+    recipe: Recipe | None = None,
+    *,
+    adapter: PathLike | None = None,
+    measuring: Progress | None = None,
 ) -> Plan:
-    """What `convert` would do, from headers alone.
+    """What `convert` would do, from headers alone, unless there is a `Recipe.fit`: that measures the weights once.
 
     Raises:
         GlmquantError: whatever `convert` would refuse before it reads a weight.
     """
-    return make_plan(open_source(source, adapter).source, recipe or Recipe())
+    opened = open_source(source, adapter)
+    return make_plan(opened.source, _resolved(opened, recipe, measuring))
+
+
+def _resolved(opened: OpenedSource, recipe: Recipe | None, measuring: Progress | None) -> Recipe:
+    recipe = recipe or Recipe()
+    if recipe.fit is None or recipe.fit.choices:
+        return recipe
+    from ._fit import fitted
+
+    return fitted(opened, recipe, measuring)
 
 
 def convert(
@@ -76,6 +90,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    measuring: Progress | None = None,
 ) -> ConvertResult:
     """Quantize the checkpoint `source` into the new folder `out`.
 
@@ -94,12 +109,13 @@ def convert(
         resume: go on from the whole shards that an interrupted run left behind.
         force: replace an `out` that glmquant wrote before.
         progress: see `Progress`.
+        measuring: the same for the measurement that `Recipe.fit` needs, counted in layers.
 
     Raises:
         GlmquantError: see `glmquant.errors`; `out` is as it was before.
     """
     opened = open_source(source, adapter)
-    plan = make_plan(opened.source, recipe or Recipe())
+    plan = make_plan(opened.source, _resolved(opened, recipe, measuring))
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers cannot work; use 1 or more.")
     if device not in ("auto", "cpu"):
@@ -114,9 +130,9 @@ def convert(
         finished = _whole_shards(output, plan)
         _check_room(plan, finished, output.partial)
         # Hashing comes first: it has the second in which torch is loaded to itself.
-        with BackgroundHasher(opened.source.files) as hasher, _tuned_for_blocks():
+        with BackgroundHasher(opened.source.files) as hasher, tuned_for_blocks():
             hashes, entries, hints = _write_weights(
-                plan, opened, output, finished, device, workers or _cores(), hasher, progress
+                plan, opened, output, finished, device, workers or cores(), hasher, progress
             )
             source_files = hasher.result()
         from . import _verify
@@ -311,14 +327,14 @@ def _index(plan: Plan) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use, but no more than can be fed: hashing and writing take one thread each."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(found, _MOST_WORKERS)
 
 
 @contextmanager
-def _tuned_for_blocks() -> Iterator[None]:
+def tuned_for_blocks() -> Iterator[None]:
     """Settings of the process for many short operations on blocks of a few megabytes.
 
     One worker per core beats torch's own threads: no barrier after each of a dozen operations. And glibc by

@@ -1,4 +1,4 @@
-"""Where the sources of compiled kernels are, and where what was made of them is kept."""
+"""Where the sources of compiled kernels are, and where what is worth keeping between runs is kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def kernel_folder(kind: str) -> Path:
 
 
 def cache_folder(kind: str) -> Path:
-    """A folder that can be written, for kernels of a `kind`: below ``GLMQUANT_CACHE`` or the user's cache, or else a
+    """A folder that can be written, for things of a `kind`: below ``GLMQUANT_CACHE`` or the user's cache, or else a
     new temporary one.
     """
     named = os.environ.get("GLMQUANT_CACHE")

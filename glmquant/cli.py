@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from ._chat_cli import chat
+from ._check_cli import check
+from ._recipes_cli import recipes
+from ._terminal import print_rows, progress_bar
 from ._version import __version__
 from .errors import GlmquantError, UsageError
-from .recipe import Recipe, parse_size
+from .recipe import Fit, Recipe, parse_size, show_size
 
 if TYPE_CHECKING:
     from .plan import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
-GIB = 2**30
 _SHOWN_PROBLEMS = 20  # with the wrong source there is one for every weight
 
 
@@ -151,27 +153,27 @@ def inspect(ref: str, as_json: bool) -> None:
         ("model", f"{found.model} ({found.family}, {found.layout} layout)"),
         (
             "weights",
-            f"{found.parameters / 1e9:.2f} billion, {_size(found.nbytes)} in {len(found.files)} files",
+            f"{found.parameters / 1e9:.2f} billion, {show_size(found.nbytes)} in {len(found.files)} files",
         ),
-        ("stored as", ", ".join(f"{t} {_size(n)}" for t, n in found.dtypes.items())),
+        ("stored as", ", ".join(f"{t} {show_size(n)}" for t, n in found.dtypes.items())),
         ("quantization", ", ".join(f"{s} ({n} weights)" for s, n in found.schemes.items()) or "none"),
         (
             "layers",
             f"{d.layers} x {d.hidden}, {d.heads} heads ({d.kv_heads} KV) of {d.head_dim}, MLP {d.ffn}",
         ),
         ("vocabulary", f"{d.vocab}"),
-        ("memory", f"weights {_size(found.nbytes)}, and a 16-bit KV cache for one sequence of"),
+        ("memory", f"weights {show_size(found.nbytes)}, and a 16-bit KV cache for one sequence of"),
     ]
     contexts = sorted({n for n in (2048, 8192, d.context) if n <= d.context})
-    rows += [("", f"  {n:>6} tokens  {_size(found.cache_bytes(n))}") for n in contexts]
-    _print_rows(rows)
+    rows += [("", f"  {n:>6} tokens  {show_size(found.cache_bytes(n))}") for n in contexts]
+    print_rows(rows)
     return None
 
 
 @main.command()
 @click.argument("source")
 @click.argument("out")
-@click.option("--bits", type=click.Choice(["4", "8", "16"]), default="4", show_default=True)
+@click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Default: 4.")
 @click.option(
     "--group-size", callback=_group_size, metavar="32|64|128|row", help="Columns that share a scale."
 )
@@ -189,6 +191,9 @@ def inspect(ref: str, as_json: bool) -> None:
     is_flag=True,
     help="Input embeddings in 8 bit; in cpm (ChatGLM-6B only) they and the head at --bits.",
 )
+@click.option("--fit", metavar="SIZE", help="Choose bits and groups per layer to run within this memory.")
+@click.option("--context", type=click.IntRange(1), metavar="N", help="Tokens, for --fit.  [default: 8192]")
+@click.option("--batch", type=click.IntRange(1), metavar="N", help="Sequences, for --fit.  [default: 1]")
 @click.option("--adapter", type=click.Path(), metavar="DIR", help="Merge this LoRA (PEFT) first.")
 @click.option(
     "--device",
@@ -206,7 +211,7 @@ def inspect(ref: str, as_json: bool) -> None:
 def convert(
     source: str,
     out: str,
-    bits: str,
+    bits: str | None,
     group_size: Any,
     symmetric: bool,
     method: str | None,
@@ -214,6 +219,9 @@ def convert(
     layout: str | None,
     quantize_head: bool,
     quantize_embeddings: bool,
+    fit: str | None,
+    context: int | None,
+    batch: int | None,
     adapter: str | None,
     device: str,
     workers: int | None,
@@ -230,6 +238,7 @@ def convert(
     glmquant convert chatglm3-6b out --bits 8                        INT8
     glmquant convert chatglm-6b out --format cpm                     THUDM's own INT4, byte for byte
     glmquant convert chatglm3-6b out --bits 16                       only make it load without remote code
+    glmquant convert chatglm3-6b out --fit 6GiB --context 8192       the best that runs within 6 GiB
     glmquant convert chatglm3-6b out --adapter my-lora               merge a fine-tune on the way
 
     OUT appears when it is whole and verified, never before.
@@ -238,7 +247,7 @@ def convert(
     from ._convert import plan_conversion
 
     recipe = Recipe(
-        bits=int(bits),
+        bits=int(bits or 4),
         group_size=group_size,
         symmetric=symmetric,
         method=method,
@@ -247,13 +256,18 @@ def convert(
         quantize_head=quantize_head,
         quantize_embeddings=quantize_embeddings,
         max_shard_size=parse_size(max_shard_size),
+        fit=_fit(fit, bits, context, batch),
     )
     if dry_run:
-        plan = plan_conversion(source, recipe, adapter=adapter)
+        with progress_bar("measuring", quiet=as_json, unit="layers") as measuring:
+            plan = plan_conversion(source, recipe, adapter=adapter, measuring=measuring)
         if as_json:
             return click.echo(json.dumps(plan.to_json(), indent=2))
         return _print_plan(plan)
-    with _progress("converting", quiet=as_json) as progress:
+    with (
+        progress_bar("measuring", quiet=as_json or not fit, unit="layers") as measuring,
+        progress_bar("converting", quiet=as_json) as progress,
+    ):
         result = run(
             source,
             out,
@@ -264,6 +278,7 @@ def convert(
             resume=resume,
             force=force,
             progress=progress,
+            measuring=measuring,
         )
     if as_json:
         return click.echo(json.dumps({"out": str(result.out), **result.report}, indent=2))
@@ -275,13 +290,15 @@ def convert(
         ("written", f"{result.out}"),
         (
             "size",
-            f"{_size(summary['bytes'])}, {ratio:.2f} times smaller, {summary['bits_per_weight']} bits per weight",
+            f"{show_size(summary['bytes'])}, {ratio:.2f} times smaller, {summary['bits_per_weight']} bits per weight",
         ),
     ]
+    if result.plan.recipe.fit is not None:
+        rows.append(("fits", result.plan.recipe.fit.summary()))
     if "worst_tensor" in summary:
         error = f"{summary['mean_relative_error']:.4f} mean, {summary['worst_relative_error']:.4f} worst"
         rows.append(("error", f"{error} ({summary['worst_tensor']})"))
-    return _print_rows(rows)
+    return print_rows(rows)
 
 
 @main.command()
@@ -304,7 +321,7 @@ def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> 
 
     if adapter is not None and source is None:
         raise UsageError("--adapter says what was merged into the source; give the --source too.")
-    with _progress("verifying", quiet=as_json, unit="tensors") as progress:
+    with progress_bar("verifying", quiet=as_json, unit="tensors") as progress:
         found = run(out, source, adapter=adapter, progress=progress)
     if as_json:
         shown = {
@@ -335,19 +352,9 @@ def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> 
             mean = sum(found.errors.values()) / len(found.errors)
             rows.append(("error", f"{mean:.4f} mean, {found.errors[worst]:.4f} worst ({worst})"))
         rows.append(("verdict", "sound" if found.ok else f"{len(found.problems)} problems"))
-        _print_rows(rows)
+        print_rows(rows)
     if not found.ok:
         sys.exit(1)
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
-
-
-def _print_rows(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        click.echo(f"{name:<{width}}  {text}")
 
 
 def _print_plan(plan: Plan) -> None:
@@ -359,57 +366,31 @@ def _print_plan(plan: Plan) -> None:
         shape = " x ".join(str(n) for n in item.shape)
         target = str(item.scheme) if item.scheme else item.outputs[0].dtype
         click.echo(f"{item.name:<58} {shape:>16}  {item.dtype:<5} {target:<15} {item.nbytes / 2**20:>9.2f}")
-    click.echo(f"reads {_size(plan.source_nbytes)}, writes {_size(plan.nbytes)} in {len(plan.shards)} files")
+    click.echo(
+        f"reads {show_size(plan.source_nbytes)}, writes {show_size(plan.nbytes)} in {len(plan.shards)} files"
+    )
+    if recipe.fit is not None:
+        for choice in recipe.fit.choices:
+            click.echo(f"{choice.name}: {choice}; {choice.reason}")
+        click.echo(f"fits: {recipe.fit.summary()}")
     for note in plan.notes:
         click.echo(f"note: {note}")
 
 
-@contextmanager
-def _progress(
-    verb: str, *, quiet: bool, unit: str = "bytes"
-) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A live bar on a terminal, a line every tenth of the way elsewhere, nothing with --json; all on stderr."""
-    if quiet:
-        yield None
-        return
-    if not sys.stderr.isatty():
-        shown = -1
-
-        def lines(done: int, total: int, name: str) -> None:
-            nonlocal shown
-            tenth = 10 * done // max(1, total)
-            if tenth != shown:
-                shown = tenth
-                amount = f" of {_size(total)}" if unit == "bytes" else ""
-                click.echo(f"{verb}: {10 * tenth:3d} %{amount} ({name})", err=True)
-
-        yield lines
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
-    columns += (
-        [DownloadColumn(binary_units=True), TransferSpeedColumn()]
-        if unit == "bytes"
-        else [MofNCompleteColumn()]
-    )
-    columns += [TimeRemainingColumn(), TextColumn("{task.fields[tensor]}")]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=None, tensor="")
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, tensor=name)
+def _fit(size: str | None, bits: str | None, context: int | None, batch: int | None) -> Fit | None:
+    if size is None:
+        if context or batch:
+            raise UsageError(
+                "--context and --batch say what --fit SIZE is for; give it too, or leave them out."
+            )
+        return None
+    if bits is not None:
+        raise UsageError("--fit chooses the bits of every layer; leave out --bits, or --fit.")
+    return Fit(parse_size(size), context or 8192, batch or 1)
 
 
-main.add_command(chat)
+for command in (chat, check, recipes):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

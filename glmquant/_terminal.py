@@ -1,0 +1,71 @@
+"""What the commands print with: sizes, rows, tables, progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+from .recipe import show_size
+
+
+def print_rows(rows: list[tuple[str, str]]) -> None:
+    """Print names and what belongs to them."""
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        click.echo(f"{name:<{width}}  {text}".rstrip())
+
+
+def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print columns, the first to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
+        click.echo("  ".join([f"{row[0]:<{widths[0]}}", *cells]).rstrip())
+
+
+@contextmanager
+def progress_bar(
+    verb: str, *, quiet: bool, unit: str = "bytes"
+) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A live bar on a terminal, a line every tenth of the way elsewhere, nothing with --json; all on stderr."""
+    if quiet:
+        yield None
+        return
+    if not sys.stderr.isatty():
+        shown = -1
+
+        def lines(done: int, total: int, name: str) -> None:
+            nonlocal shown
+            tenth = 10 * done // max(1, total)
+            if tenth != shown:
+                shown = tenth
+                amount = f" of {show_size(total)}" if unit == "bytes" else ""
+                click.echo(f"{verb}: {10 * tenth:3d} %{amount} ({name})", err=True)
+
+        yield lines
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+    columns += (
+        [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+        if unit == "bytes"
+        else [MofNCompleteColumn()]
+    )
+    columns += [TimeRemainingColumn(), TextColumn("{task.fields[tensor]}")]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=None, tensor="")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, tensor=name)
