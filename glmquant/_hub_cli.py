@@ -6,7 +6,8 @@ import json
 
 import click
 
-from ._terminal import json_option, print_rows, progress, size
+from ._terminal import print_rows, progress_bar
+from .recipe import show_size
 
 
 def tell_which(ref: str) -> None:
@@ -28,7 +29,7 @@ def tell_which(ref: str) -> None:
 )
 @click.option("--endpoint", metavar="URL", help="A mirror.  [default: HF_ENDPOINT, MODELSCOPE_ENDPOINT]")
 @click.option("--token", metavar="TOKEN", help="Instead of the one you have logged in with.")
-@json_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 def download(
     ref: str,
     revision: str | None,
@@ -53,7 +54,7 @@ def download(
 
     if revision is not None:
         ref = f"{ref}@{revision}"
-    with progress("downloading", quiet=as_json) as report:
+    with progress_bar("downloading", quiet=as_json) as report:
         found = hub.download(
             ref,
             include=include,
@@ -75,7 +76,7 @@ def download(
     rows = [
         ("model", f"{found.ref}"),
         ("commit", found.commit or "not asked for (HF_HUB_OFFLINE)"),
-        ("size", f"{size(found.nbytes)} in {len(found.files)} files"),
+        ("size", f"{show_size(found.nbytes)} in {len(found.files)} files"),
         ("folder", f"{found.folder}"),
     ]
     return print_rows(rows)

@@ -26,6 +26,7 @@ from hub import Fault, HubServer
 import glmquant
 from glmquant import HubError, Recipe, SourceError, UnsafeFileError
 from glmquant.checkpoint.output import REPORT
+from glmquant.memory import Workload
 
 HUBS = ("hf", "ms")
 # Large enough for headers to be a small part of them.
@@ -55,6 +56,23 @@ def test_inspect_reads_headers_only(server: HubServer, ref: str, source: Path) -
     assert found == local
     assert server.file_bytes("model-0") <= 5 * (140 << 10)
     assert sum(p.stat().st_size for p in _shards(source)) > 12 << 20
+
+
+def test_recipes_read_headers_only(server: HubServer, ref: str, source: Path) -> None:
+    load = Workload(context=128)
+    assert glmquant.recipes(ref, load) == glmquant.recipes(source, load)
+    assert server.file_bytes("model-0") <= 5 * (140 << 10)
+
+
+def test_measurements_of_different_models_are_kept_apart(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLMQUANT_CACHE", str(tmp_path / "cache"))
+    for seed in (1, 2):
+        server.add(f"org/model{seed}").commit_folder(small_source(tmp_path / str(seed), seed=seed))
+    first, second = (glmquant.measure(f"hf:org/model{seed}", "rtn") for seed in (1, 2))
+    assert first != second
+    assert second == glmquant.measure(tmp_path / "2", "rtn")
 
 
 def test_the_same_bytes_as_from_a_folder(server: HubServer, ref: str, source: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from threading import Event, Lock
 
 from ..checkpoint.files import BIN_INDEX, CARRIED, SAFETENSORS_FILE, SAFETENSORS_INDEX, find_weights
-from ..checkpoint.output import show_size
 from ..errors import OutputError, SourceError
+from ..recipe import show_size
 from .repository import OnBytes, Repository, Stopped, check_name
 
 SIDECARS = (*CARRIED, "README.md", "quantization_report.json")

@@ -69,16 +69,26 @@ def load(
     folder = checkpoint.source.folder
     model.config._name_or_path = model.name_or_path = os.fspath(path)
     placement = Placement(model, device, device_map, max_memory, offload_folder, folder)
+    layer = None
     with torch.no_grad():
         for spec in checkpoint.present():
+            if spec.layer != layer:
+                _unmap(
+                    checkpoint
+                )  # pages of the file count as memory of the process as long as they are mapped
+                layer = spec.layer
             if spec.role is Role.HEAD and checkpoint.dims.tied_head:
                 _check_tied(checkpoint, spec)
             else:
                 _fill(model, checkpoint, spec, placement)
-    for shard in {info.shard for info in checkpoint.source.infos().values()}:
-        checkpoint.source.release(shard)
+    _unmap(checkpoint)
     placement.finish()
     return model.eval()
+
+
+def _unmap(checkpoint: Checkpoint) -> None:
+    for shard in {info.shard for info in checkpoint.source.infos().values()}:
+        checkpoint.source.release(shard)
 
 
 def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
