@@ -189,6 +189,13 @@ def test_other_names_of_a_known_model_are_suggested(name: str, other: str, serve
         glmquant.download(name)
 
 
+def test_a_name_that_may_be_a_misspelled_folder(server: HubServer) -> None:
+    with pytest.raises(
+        HubError, match=r"^out/int4 is not a folder on this machine, and http.* has no model out/int4"
+    ):
+        glmquant.inspect("out/int4")
+
+
 @pytest.mark.parametrize("hub", HUBS)
 def test_nobody_answers(hub: str) -> None:
     with pytest.raises(HubError, match=r"cannot be reached.*--endpoint"):

@@ -66,13 +66,19 @@ def open_repository(ref: Ref, *, endpoint: str | None = None, token: str | None 
     Raises:
         HubError: it is not there, or nobody answers.
     """
-    if ref.hub == "ms":
-        from .modelscope import ModelScope
+    try:
+        if ref.hub == "ms":
+            from .modelscope import ModelScope
 
-        return ModelScope(ref, endpoint, token)
-    from .huggingface import HuggingFace
+            return ModelScope(ref, endpoint, token)
+        from .huggingface import HuggingFace
 
-    return HuggingFace(ref, endpoint, token)
+        return HuggingFace(ref, endpoint, token)
+    except HubError as error:
+        if ref.text.startswith(f"{ref.hub}:"):
+            raise
+        # It may have been meant for a folder, and be misspelled.
+        raise HubError(f"{ref.text} is not a folder on this machine, and {error}") from None
 
 
 def local_folder(text: PathLike) -> Path:
@@ -109,7 +115,7 @@ def offline_folder(ref: Ref) -> Path:
         path = cached_file(ref.name, "config.json", ref.revision or "main")
     if path is None:
         raise HubError(
-            f"{ref} is not in the cache of {HUB_NAMES[ref.hub]}, and HF_HUB_OFFLINE forbids to ask for it; "
+            f"{ref.text} is not in the cache of {HUB_NAMES[ref.hub]}, and HF_HUB_OFFLINE forbids to ask for it; "
             f"run `glmquant download {ref}` where there is a network."
         )
     return path.parent

@@ -86,6 +86,8 @@ class HubSource:
     def prefetch(self, shard: str) -> None:
         """See `TensorSource`."""
         with self._lock:
+            if self._stopped.is_set():
+                raise Stopped  # nobody will fetch it any more
             if shard in self._shards:
                 return
             self._shards[shard] = Future()
@@ -113,9 +115,11 @@ class HubSource:
 
     def close(self) -> None:
         """Stop what is on its way, and whoever waits for it; what is there can be resumed."""
-        self._stopped.set()
+        with self._lock:
+            self._stopped.set()
+            waiting = list(self._shards.values())
         self._wanted.put(None)
-        for future in list(self._shards.values()):
+        for future in waiting:
             _settle(future, error=Stopped())
         if self._thread is not None:
             self._thread.join(_PATIENCE_S)
