@@ -20,10 +20,12 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from ._convert import ConvertResult, convert, plan_conversion
+    from ._evaluate import Estimate, Evaluation, evaluate
     from ._inspect import Inspection, inspect
     from ._verify import Verification, verify
     from .errors import (
         GlmquantError,
+        ModelError,
         OutputError,
         QuantizationError,
         QuantizedSourceError,
@@ -41,9 +43,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ConvertResult": "_convert", "convert": "_convert", "plan_conversion": "_convert",
+    "Estimate": "_evaluate", "Evaluation": "_evaluate", "evaluate": "_evaluate",
     "Inspection": "_inspect", "inspect": "_inspect",
     "Verification": "_verify", "verify": "_verify",
-    "GlmquantError": "errors", "OutputError": "errors", "QuantizationError": "errors",
+    "GlmquantError": "errors", "ModelError": "errors", "OutputError": "errors", "QuantizationError": "errors",
     "QuantizedSourceError": "errors", "SourceError": "errors", "UnsafeFileError": "errors",
     "UsageError": "errors", "VerificationError": "errors",
     "Plan": "plan", "Recipe": "recipe", "QuantizedTensor": "scheme", "Scheme": "scheme",
@@ -52,10 +55,10 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "ConvertResult", "GlmquantError", "Inspection", "OutputError", "Plan", "QuantizationError",
-    "QuantizedSourceError", "QuantizedTensor", "Recipe", "Scheme", "SourceError", "UnsafeFileError", "UsageError",
-    "Verification", "VerificationError", "__version__", "chat", "convert", "inspect", "load", "load_tokenizer",
-    "plan_conversion", "stream_chat", "verify",
+    "ConvertResult", "Estimate", "Evaluation", "GlmquantError", "Inspection", "ModelError", "OutputError", "Plan",
+    "QuantizationError", "QuantizedSourceError", "QuantizedTensor", "Recipe", "Scheme", "SourceError",
+    "UnsafeFileError", "UsageError", "Verification", "VerificationError", "__version__", "chat", "convert",
+    "evaluate", "inspect", "load", "load_tokenizer", "plan_conversion", "stream_chat", "verify",
 ]  # fmt: skip
 
 

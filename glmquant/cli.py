@@ -8,13 +8,15 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ._chat_cli import chat
+from ._eval_cli import eval_
+from ._terminal import json_option, print_rows, progress, size
 from ._version import __version__
 from .errors import GlmquantError, UsageError
 from .recipe import Recipe, parse_size
@@ -22,8 +24,6 @@ from .recipe import Recipe, parse_size
 if TYPE_CHECKING:
     from .plan import Plan
 
-F = TypeVar("F", bound=Callable[..., Any])
-GIB = 2**30
 _SHOWN_PROBLEMS = 20  # with the wrong source there is one for every weight
 
 
@@ -104,6 +104,7 @@ def main(debug: bool) -> None:
     glmquant inspect chatglm3-6b
     glmquant convert chatglm3-6b chatglm3-6b-int4
     glmquant verify  chatglm3-6b-int4 --source chatglm3-6b
+    glmquant eval    chatglm3-6b-int4 --source chatglm3-6b
     glmquant chat    chatglm3-6b-int4
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
 
@@ -114,10 +115,6 @@ def _completion(ctx: click.Context) -> None:
         click.echo(f'  {file}:  eval "$(_GLMQUANT_COMPLETE={shell}_source glmquant)"')
     click.echo("  fish:  _GLMQUANT_COMPLETE=fish_source glmquant | source")
     ctx.exit()
-
-
-def _json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)
 
 
 def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
@@ -131,7 +128,7 @@ def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 @main.command()
 @click.argument("ref")
-@_json_option
+@json_option
 def inspect(ref: str, as_json: bool) -> None:
     """Describe the checkpoint REF: sizes, quantization, memory.
 
@@ -151,20 +148,20 @@ def inspect(ref: str, as_json: bool) -> None:
         ("model", f"{found.model} ({found.family}, {found.layout} layout)"),
         (
             "weights",
-            f"{found.parameters / 1e9:.2f} billion, {_size(found.nbytes)} in {len(found.files)} files",
+            f"{found.parameters / 1e9:.2f} billion, {size(found.nbytes)} in {len(found.files)} files",
         ),
-        ("stored as", ", ".join(f"{t} {_size(n)}" for t, n in found.dtypes.items())),
+        ("stored as", ", ".join(f"{t} {size(n)}" for t, n in found.dtypes.items())),
         ("quantization", ", ".join(f"{s} ({n} weights)" for s, n in found.schemes.items()) or "none"),
         (
             "layers",
             f"{d.layers} x {d.hidden}, {d.heads} heads ({d.kv_heads} KV) of {d.head_dim}, MLP {d.ffn}",
         ),
         ("vocabulary", f"{d.vocab}"),
-        ("memory", f"weights {_size(found.nbytes)}, and a 16-bit KV cache for one sequence of"),
+        ("memory", f"weights {size(found.nbytes)}, and a 16-bit KV cache for one sequence of"),
     ]
     contexts = sorted({n for n in (2048, 8192, d.context) if n <= d.context})
-    rows += [("", f"  {n:>6} tokens  {_size(found.cache_bytes(n))}") for n in contexts]
-    _print_rows(rows)
+    rows += [("", f"  {n:>6} tokens  {size(found.cache_bytes(n))}") for n in contexts]
+    print_rows(rows)
     return None
 
 
@@ -195,7 +192,7 @@ def inspect(ref: str, as_json: bool) -> None:
 @click.option("--resume", is_flag=True, help="Go on from the whole shards of an interrupted run.")
 @click.option("--force", is_flag=True, help="Replace an OUT that glmquant wrote.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@_json_option
+@json_option
 def convert(
     source: str,
     out: str,
@@ -245,7 +242,7 @@ def convert(
         if as_json:
             return click.echo(json.dumps(plan.to_json(), indent=2))
         return _print_plan(plan)
-    with _progress("converting", quiet=as_json) as progress:
+    with progress("converting", quiet=as_json) as report:
         result = run(
             source,
             out,
@@ -254,7 +251,7 @@ def convert(
             workers=workers,
             resume=resume,
             force=force,
-            progress=progress,
+            progress=report,
         )
     if as_json:
         return click.echo(json.dumps({"out": str(result.out), **result.report}, indent=2))
@@ -266,13 +263,13 @@ def convert(
         ("written", f"{result.out}"),
         (
             "size",
-            f"{_size(summary['bytes'])}, {ratio:.2f} times smaller, {summary['bits_per_weight']} bits per weight",
+            f"{size(summary['bytes'])}, {ratio:.2f} times smaller, {summary['bits_per_weight']} bits per weight",
         ),
     ]
     if "worst_tensor" in summary:
         error = f"{summary['mean_relative_error']:.4f} mean, {summary['worst_relative_error']:.4f} worst"
         rows.append(("error", f"{error} ({summary['worst_tensor']})"))
-    return _print_rows(rows)
+    return print_rows(rows)
 
 
 @main.command()
@@ -281,7 +278,7 @@ def convert(
     "--source", metavar="REF|DIR", help="Measure the error against the checkpoint it was made from."
 )
 @click.option("--adapter", type=click.Path(), metavar="DIR", help="The LoRA that was merged into it.")
-@_json_option
+@json_option
 def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> None:
     """Check the folder OUT: structure, hashes, decoding.
 
@@ -295,8 +292,8 @@ def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> 
 
     if adapter is not None and source is None:
         raise UsageError("--adapter says what was merged into the source; give the --source too.")
-    with _progress("verifying", quiet=as_json, unit="tensors") as progress:
-        found = run(out, source, adapter=adapter, progress=progress)
+    with progress("verifying", quiet=as_json, unit="tensors") as report:
+        found = run(out, source, adapter=adapter, progress=report)
     if as_json:
         shown = {
             "ok": found.ok,
@@ -326,19 +323,9 @@ def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> 
             mean = sum(found.errors.values()) / len(found.errors)
             rows.append(("error", f"{mean:.4f} mean, {found.errors[worst]:.4f} worst ({worst})"))
         rows.append(("verdict", "sound" if found.ok else f"{len(found.problems)} problems"))
-        _print_rows(rows)
+        print_rows(rows)
     if not found.ok:
         sys.exit(1)
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
-
-
-def _print_rows(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        click.echo(f"{name:<{width}}  {text}")
 
 
 def _print_plan(plan: Plan) -> None:
@@ -350,57 +337,13 @@ def _print_plan(plan: Plan) -> None:
         shape = " x ".join(str(n) for n in item.shape)
         target = str(item.scheme) if item.scheme else item.outputs[0].dtype
         click.echo(f"{item.name:<58} {shape:>16}  {item.dtype:<5} {target:<15} {item.nbytes / 2**20:>9.2f}")
-    click.echo(f"reads {_size(plan.source_nbytes)}, writes {_size(plan.nbytes)} in {len(plan.shards)} files")
+    click.echo(f"reads {size(plan.source_nbytes)}, writes {size(plan.nbytes)} in {len(plan.shards)} files")
     for note in plan.notes:
         click.echo(f"note: {note}")
 
 
-@contextmanager
-def _progress(
-    verb: str, *, quiet: bool, unit: str = "bytes"
-) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A live bar on a terminal, a line every tenth of the way elsewhere, nothing with --json; all on stderr."""
-    if quiet:
-        yield None
-        return
-    if not sys.stderr.isatty():
-        shown = -1
-
-        def lines(done: int, total: int, name: str) -> None:
-            nonlocal shown
-            tenth = 10 * done // max(1, total)
-            if tenth != shown:
-                shown = tenth
-                amount = f" of {_size(total)}" if unit == "bytes" else ""
-                click.echo(f"{verb}: {10 * tenth:3d} %{amount} ({name})", err=True)
-
-        yield lines
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
-    columns += (
-        [DownloadColumn(binary_units=True), TransferSpeedColumn()]
-        if unit == "bytes"
-        else [MofNCompleteColumn()]
-    )
-    columns += [TimeRemainingColumn(), TextColumn("{task.fields[tensor]}")]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=None, tensor="")
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, tensor=name)
-
-
-main.add_command(chat)
+for _command in (chat, eval_):
+    main.add_command(_command)
 
 if __name__ == "__main__":
     main()
