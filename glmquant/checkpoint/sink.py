@@ -1,8 +1,8 @@
 """Writing safetensors shards as a stream: headers first, then rows as they come, hashed on their way.
 
 The plan knows every tensor before the first byte is written, so a shard's header can be written first and the
-data appended in one pass; nothing needs a whole tensor in memory. What has been written is read back once, in the
-background and a little behind the writing, and compared by its hash.
+data appended in one pass; nothing needs a whole tensor in memory. What has been written is read back once, from the
+disk, in the background and a little behind the writing, and compared by its hash.
 """
 
 from __future__ import annotations
@@ -10,25 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from .._hashing import feed
 from ..errors import VerificationError
+from .blocks import BLOCK, BlockReader, BlockWriter
 from .output import write_error
 from .source import ITEM_SIZES
 
 if TYPE_CHECKING:
     import torch
 
-# Written bytes are pushed to the disk this often, in the background: left alone, the kernel keeps gigabytes
-# back for the final fsync and the disk idles while weights are being quantized.
-_FLUSH_BYTES = 256 << 20
-_sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+# Reading back begins when there is so much to read.
+_READ_BACK_BYTES = 8 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -98,39 +95,18 @@ class TensorSink(Protocol):
         """Finish; returns the SHA-256 of every shard by file name."""
 
 
-class _ReadBack:
-    """The hash of a growing file as it reads, kept up in steps."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._hash = hashlib.sha256()
-        self._read = 0
-
-    def up_to(self, size: int) -> str:
-        """Read on to byte `size`; returns the SHA-256 of everything before it."""
-        stop = min(size, os.fstat(self._file.fileno()).st_size)  # if it is shorter, the hash will tell
-        feed(self._hash, self._file, self._read, stop)
-        self._read = stop
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class _OpenShard:
     """The shard being written: an appending file, its running hash, and rows that came before their turn."""
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
         self.layout = layout
-        self._file = path.open("wb", buffering=0)
-        self.read_back = _ReadBack(path)
-        self._hash = hashlib.sha256()
+        self._file = BlockWriter(path)
+        self._reader = BlockReader(path)
+        self._written_hash, self._read_hash = hashlib.sha256(), hashlib.sha256()
         self._order = layout.in_file_order()
         self._turn = 0
         self._written = 0  # bytes of the tensor whose turn it is
         self._waiting: dict[str, list[memoryview]] = {t.name: [] for t in self._order}
-        self.size = 0
-        self.unflushed = 0
         self._emit(memoryview(layout.header()))
 
     def write(self, name: str, data: memoryview) -> None:
@@ -149,25 +125,28 @@ class _OpenShard:
             self._written = 0
 
     def _emit(self, data: memoryview) -> None:
-        self._hash.update(data)
-        self.unflushed += data.nbytes
-        self.size += data.nbytes
-        while data.nbytes:
-            data = data[self._file.write(data) :]
+        self._written_hash.update(data)
+        self._file.write(data)
 
     @property
     def complete(self) -> bool:
         return self._turn == len(self._order)
 
-    def flush(self, size: int) -> None:
-        """Put the first `size` bytes on the disk and read them back."""
-        _sync(self._file.fileno())
-        self.read_back.up_to(size)
+    @property
+    def unread(self) -> int:
+        """Bytes that have been written and not yet read back."""
+        return self._file.completed - self._reader.position
+
+    def read_back(self) -> None:
+        """Read what has been written since the last time."""
+        for piece in self._reader.up_to(self._file.completed):
+            self._read_hash.update(piece)
 
     def finish(self) -> str:
-        os.fsync(self._file.fileno())
-        digest = self._hash.hexdigest()
-        if self.read_back.up_to(self.size) != digest:
+        self._file.finish()
+        self.read_back()
+        digest = self._written_hash.hexdigest()
+        if self._read_hash.hexdigest() != digest:
             raise VerificationError(
                 f"{self.layout.file} reads back differently from what was written; the disk or the memory of this "
                 "machine is faulty. OUT was not created."
@@ -176,7 +155,7 @@ class _OpenShard:
         return digest
 
     def close(self) -> None:
-        self.read_back.close()
+        self._reader.close()
         self._file.close()
 
 
@@ -204,8 +183,8 @@ class ShardedSink:
         self._todo = [shard for shard in shards if shard.file not in self._hashes]
         self._needed = sum(shard.nbytes for shard in self._todo)
         self._current: _OpenShard | None = None
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="glmquant-flush")
-        self._flush: Future[None] | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="glmquant-read-back")
+        self._reading: Future[None] | None = None
 
     def write_rows(self, name: str, rows: torch.Tensor) -> None:
         """Append `rows` (any shape of the right byte count) to tensor `name`.
@@ -222,10 +201,9 @@ class ShardedSink:
             shard.write(name, data)
             if shard.complete:
                 self._finish(shard)
-            elif shard.unflushed >= _FLUSH_BYTES:
-                shard.unflushed = 0
-                self._wait_for_flush()
-                self._flush = self._flusher.submit(shard.flush, shard.size)
+            elif shard.unread >= _READ_BACK_BYTES and (self._reading is None or self._reading.done()):
+                self._wait_for_reading()  # for its error, if there was one
+                self._reading = self._reader.submit(shard.read_back)
         except OSError as error:
             raise write_error(self._folder, error, self._needed) from None
 
@@ -237,13 +215,13 @@ class ShardedSink:
                 self._current.write(tensor.name, _constant_bytes(tensor))
         return self._current
 
-    def _wait_for_flush(self) -> None:
-        if self._flush is not None:
-            flush, self._flush = self._flush, None
-            flush.result()
+    def _wait_for_reading(self) -> None:
+        if self._reading is not None:
+            reading, self._reading = self._reading, None
+            reading.result()
 
     def _finish(self, shard: _OpenShard) -> None:
-        self._wait_for_flush()
+        self._wait_for_reading()
         self._hashes[shard.layout.file] = shard.finish()
         self._current = None
         self._on_shard(shard.layout.file, self._hashes[shard.layout.file])
@@ -254,14 +232,14 @@ class ShardedSink:
         Raises:
             AssertionError: rows are missing (a fault of the caller).
         """
-        self._flusher.shutdown()
+        self._reader.shutdown()
         if self._current is not None or self._todo:
             raise AssertionError("the sink was closed before every tensor was whole")
         return dict(self._hashes)
 
     def abandon(self) -> None:
         """Close files without finishing them."""
-        self._flusher.shutdown()
+        self._reader.shutdown()
         if self._current is not None:
             self._current.close()
             self._current = None
