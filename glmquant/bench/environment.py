@@ -23,11 +23,11 @@ def describe() -> dict[str, Any]:
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     commit = git("rev-parse", "HEAD") or "unknown"
-    return commit + ("+changes" if git("status", "--porcelain", "--", "glmquant") else "")
+    return commit + ("+changes" if git("status", "--porcelain", "--", ".") else "")
 
 
 def _hardware() -> dict[str, Any]:
