@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ._bench_cli import bench
 from ._chat_cli import chat
 from ._eval_cli import eval_
 from ._terminal import json_option, print_rows, progress, size
@@ -105,6 +106,7 @@ def main(debug: bool) -> None:
     glmquant convert chatglm3-6b chatglm3-6b-int4
     glmquant verify  chatglm3-6b-int4 --source chatglm3-6b
     glmquant eval    chatglm3-6b-int4 --source chatglm3-6b
+    glmquant bench   chatglm3-6b-int4
     glmquant chat    chatglm3-6b-int4
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
 
@@ -342,7 +344,7 @@ def _print_plan(plan: Plan) -> None:
         click.echo(f"note: {note}")
 
 
-for _command in (chat, eval_):
+for _command in (bench, chat, eval_):
     main.add_command(_command)
 
 if __name__ == "__main__":
