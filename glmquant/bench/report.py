@@ -114,14 +114,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
             memory = result.memory.get("process", result.memory.get("reserved", 0)) / 2**30
             speed = result.speeds(workload, batch).decode
             error = [[speed.median - speed.low], [speed.high - speed.median]]
-            axes.errorbar(memory, speed.median, yerr=error, fmt="o", capsize=3)
             name = f"{Path(result.candidate.path).name}, {result.candidate.runtime}, batch {batch}"
-            axes.annotate(name, (memory, speed.median), (4, 4), textcoords="offset points", fontsize=7)
+            axes.errorbar(memory, speed.median, yerr=error, fmt="o", capsize=3, label=name)
     axes.set_xlabel("peak memory of the process, GiB")
     axes.set_ylabel("decode, tokens per second")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.3)
+    axes.legend(fontsize=8)
     try:
         figure.savefig(path)
     except ValueError as error:
