@@ -21,6 +21,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from ._check import Check, check
     from ._convert import ConvertResult, convert, plan_conversion
+    from ._evaluate import Estimate, Evaluation, evaluate
     from ._inspect import Inspection, inspect
     from ._recipes import RecipeRow, recipes
     from ._sensitivity import Measurement, measure
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .errors import (
         DoesNotFitError,
         GlmquantError,
+        ModelError,
         OutputError,
         QuantizationError,
         QuantizedSourceError,
@@ -45,9 +47,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ConvertResult": "_convert", "convert": "_convert", "plan_conversion": "_convert",
+    "Estimate": "_evaluate", "Evaluation": "_evaluate", "evaluate": "_evaluate",
     "Inspection": "_inspect", "inspect": "_inspect",
     "Verification": "_verify", "verify": "_verify",
-    "GlmquantError": "errors", "OutputError": "errors", "QuantizationError": "errors",
+    "GlmquantError": "errors", "ModelError": "errors", "OutputError": "errors", "QuantizationError": "errors",
     "QuantizedSourceError": "errors", "SourceError": "errors", "UnsafeFileError": "errors",
     "UsageError": "errors", "VerificationError": "errors",
     "Check": "_check", "check": "_check", "RecipeRow": "_recipes", "recipes": "_recipes",
@@ -58,11 +61,11 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "Check", "ConvertResult", "DoesNotFitError", "Fit", "GlmquantError", "Inspection", "Measurement",
-    "OutputError", "Plan", "QuantizationError", "QuantizedSourceError", "QuantizedTensor", "Recipe",
-    "RecipeRow", "Scheme", "SourceError", "UnsafeFileError", "UsageError", "Verification",
-    "VerificationError", "__version__", "chat", "check", "convert", "inspect", "load", "load_tokenizer",
-    "measure", "plan_conversion", "recipes", "stream_chat", "verify",
+    "Check", "ConvertResult", "DoesNotFitError", "Estimate", "Evaluation", "Fit", "GlmquantError", "Inspection",
+    "Measurement", "ModelError", "OutputError", "Plan", "QuantizationError", "QuantizedSourceError",
+    "QuantizedTensor", "Recipe", "RecipeRow", "Scheme", "SourceError", "UnsafeFileError", "UsageError",
+    "Verification", "VerificationError", "__version__", "chat", "check", "convert", "evaluate", "inspect", "load",
+    "load_tokenizer", "measure", "plan_conversion", "recipes", "stream_chat", "verify",
 ]  # fmt: skip
 
 

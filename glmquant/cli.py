@@ -8,16 +8,18 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ._bench_cli import bench
 from ._chat_cli import chat
 from ._check_cli import check
+from ._eval_cli import eval_
 from ._recipes_cli import recipes
-from ._terminal import print_rows, progress_bar
+from ._terminal import json_option, print_rows, progress_bar
 from ._version import __version__
 from .errors import GlmquantError, UsageError
 from .recipe import Fit, Recipe, parse_size, show_size
@@ -25,7 +27,6 @@ from .recipe import Fit, Recipe, parse_size, show_size
 if TYPE_CHECKING:
     from .plan import Plan
 
-F = TypeVar("F", bound=Callable[..., Any])
 _SHOWN_PROBLEMS = 20  # with the wrong source there is one for every weight
 
 
@@ -118,10 +119,6 @@ def _completion(ctx: click.Context) -> None:
     ctx.exit()
 
 
-def _json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)
-
-
 def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
     if value is None or value == "row":
         return value
@@ -133,7 +130,7 @@ def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 @main.command()
 @click.argument("ref")
-@_json_option
+@json_option
 def inspect(ref: str, as_json: bool) -> None:
     """Describe the checkpoint REF: sizes, quantization, memory.
 
@@ -207,7 +204,7 @@ def inspect(ref: str, as_json: bool) -> None:
 @click.option("--resume", is_flag=True, help="Go on from the whole shards of an interrupted run.")
 @click.option("--force", is_flag=True, help="Replace an OUT that glmquant wrote.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@_json_option
+@json_option
 def convert(
     source: str,
     out: str,
@@ -307,7 +304,7 @@ def convert(
     "--source", metavar="REF|DIR", help="Measure the error against the checkpoint it was made from."
 )
 @click.option("--adapter", type=click.Path(), metavar="DIR", help="The LoRA that was merged into it.")
-@_json_option
+@json_option
 def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> None:
     """Check the folder OUT: structure, hashes, decoding.
 
@@ -389,7 +386,7 @@ def _fit(size: str | None, bits: str | None, context: int | None, batch: int | N
     return Fit(parse_size(size), context or 8192, batch or 1)
 
 
-for command in (chat, check, recipes):
+for command in (bench, chat, check, eval_, recipes):
     main.add_command(command)
 
 if __name__ == "__main__":

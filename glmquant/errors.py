@@ -8,6 +8,7 @@
     │   ├── UnsafeFileError       a file that would run code or reach outside its folder
     │   └── QuantizedSourceError  the checkpoint is already quantized
     ├── QuantizationError         a weight that cannot be quantized (NaN, Inf, scale overflow)
+    ├── ModelError                a model that computes NaN or infinity
     ├── OutputError               OUT cannot be written: exists, is locked, disk full
     ├── VerificationError         what was written is not what was planned
     └── DoesNotFitError           no recipe stays within the memory that there is
@@ -42,6 +43,12 @@ class QuantizedSourceError(SourceError):
 
 class QuantizationError(GlmquantError):
     """A weight has no sound quantized form, for example because it holds NaN."""
+
+
+class ModelError(GlmquantError):
+    """A model was run, and what came out are no numbers."""
+
+    exit_status = 1
 
 
 class OutputError(GlmquantError):
