@@ -27,7 +27,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import environment, gguf_f16, measure, synthetic
+from glmquant.bench import environment
+
+from . import gguf_f16, measure, synthetic
 
 RESULTS = Path(__file__).parent / "results"
 

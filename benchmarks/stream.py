@@ -21,7 +21,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import environment, measure, synthetic
+from benchmarks import measure, synthetic
+from glmquant.bench import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from hub import HubServer

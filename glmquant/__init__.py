@@ -21,6 +21,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from ._check import Check, check
     from ._convert import ConvertResult, convert, plan_conversion
+    from ._evaluate import Estimate, Evaluation, evaluate
     from ._inspect import Inspection, inspect
     from ._recipes import RecipeRow, recipes
     from ._sensitivity import Measurement, measure
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         DoesNotFitError,
         GlmquantError,
         HubError,
+        ModelError,
         OutputError,
         QuantizationError,
         QuantizedSourceError,
@@ -47,9 +49,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ConvertResult": "_convert", "convert": "_convert", "plan_conversion": "_convert",
+    "Estimate": "_evaluate", "Evaluation": "_evaluate", "evaluate": "_evaluate",
     "Inspection": "_inspect", "inspect": "_inspect",
     "Verification": "_verify", "verify": "_verify",
-    "GlmquantError": "errors", "HubError": "errors", "OutputError": "errors", "QuantizationError": "errors",
+    "GlmquantError": "errors", "HubError": "errors", "ModelError": "errors",
+    "OutputError": "errors", "QuantizationError": "errors",
     "QuantizedSourceError": "errors", "SourceError": "errors", "UnsafeFileError": "errors",
     "UsageError": "errors", "VerificationError": "errors",
     "Check": "_check", "check": "_check", "RecipeRow": "_recipes", "recipes": "_recipes",
@@ -61,11 +65,11 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "Check", "ConvertResult", "DoesNotFitError", "Download", "Fit", "GlmquantError", "HubError", "Inspection",
-    "Measurement", "OutputError", "Plan", "QuantizationError", "QuantizedSourceError", "QuantizedTensor", "Recipe",
-    "RecipeRow", "Scheme", "SourceError", "UnsafeFileError", "UsageError", "Verification",
-    "VerificationError", "__version__", "chat", "check", "convert", "download", "inspect", "load", "load_tokenizer",
-    "measure", "plan_conversion", "recipes", "stream_chat", "verify",
+    "Check", "ConvertResult", "DoesNotFitError", "Download", "Estimate", "Evaluation", "Fit", "GlmquantError",
+    "HubError", "Inspection", "Measurement", "ModelError", "OutputError", "Plan", "QuantizationError",
+    "QuantizedSourceError", "QuantizedTensor", "Recipe", "RecipeRow", "Scheme", "SourceError", "UnsafeFileError",
+    "UsageError", "Verification", "VerificationError", "__version__", "chat", "check", "convert", "download",
+    "evaluate", "inspect", "load", "load_tokenizer", "measure", "plan_conversion", "recipes", "stream_chat", "verify",
 ]  # fmt: skip
 
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import click
 
 from .recipe import show_size
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(command: F) -> F:
+    """The ``--json`` of every command."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)
 
 
 def print_rows(rows: list[tuple[str, str]]) -> None:

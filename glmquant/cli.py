@@ -9,17 +9,19 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ._bench_cli import bench
 from ._chat_cli import chat
 from ._check_cli import check
+from ._eval_cli import eval_
 from ._hub_cli import download, tell_which
 from ._recipes_cli import recipes
-from ._terminal import print_rows, progress_bar
+from ._terminal import json_option, print_rows, progress_bar
 from ._version import __version__
 from .errors import GlmquantError, UsageError
 from .recipe import Fit, Recipe, parse_size, show_size
@@ -27,7 +29,6 @@ from .recipe import Fit, Recipe, parse_size, show_size
 if TYPE_CHECKING:
     from .plan import Plan
 
-F = TypeVar("F", bound=Callable[..., Any])
 _SHOWN_PROBLEMS = 20  # with the wrong source there is one for every weight
 
 
@@ -124,10 +125,6 @@ def _completion(ctx: click.Context) -> None:
     ctx.exit()
 
 
-def _json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)
-
-
 def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
     if value is None or value == "row":
         return value
@@ -139,7 +136,7 @@ def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 @main.command()
 @click.argument("ref")
-@_json_option
+@json_option
 def inspect(ref: str, as_json: bool) -> None:
     """Describe the checkpoint REF: sizes, quantization, memory.
 
@@ -216,7 +213,7 @@ def inspect(ref: str, as_json: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace an OUT that glmquant wrote.")
 @click.option("--keep-source", is_flag=True, help="Of a SOURCE on a hub: keep it in the hub's own cache.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@_json_option
+@json_option
 def convert(
     source: str,
     out: str,
@@ -320,7 +317,7 @@ def convert(
     "--source", metavar="REF|DIR", help="Measure the error against the checkpoint it was made from."
 )
 @click.option("--adapter", type=click.Path(), metavar="DIR", help="The LoRA that was merged into it.")
-@_json_option
+@json_option
 def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> None:
     """Check the folder OUT: structure, hashes, decoding.
 
@@ -402,7 +399,7 @@ def _fit(size: str | None, bits: str | None, context: int | None, batch: int | N
     return Fit(parse_size(size), context or 8192, batch or 1)
 
 
-for command in (chat, check, recipes, download):
+for command in (bench, chat, check, download, eval_, recipes):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
     │   └── QuantizedSourceError  the checkpoint is already quantized
     ├── HubError                  a hub that does not answer, or not with what was asked for
     ├── QuantizationError         a weight that cannot be quantized (NaN, Inf, scale overflow)
+    ├── ModelError                a model that computes NaN or infinity
     ├── OutputError               OUT cannot be written: exists, is locked, disk full
     ├── VerificationError         what was written is not what was planned
     └── DoesNotFitError           no recipe stays within the memory that there is
@@ -47,6 +48,12 @@ class HubError(GlmquantError):
 
 class QuantizationError(GlmquantError):
     """A weight has no sound quantized form, for example because it holds NaN."""
+
+
+class ModelError(GlmquantError):
+    """A model was run, and what came out are no numbers."""
+
+    exit_status = 1
 
 
 class OutputError(GlmquantError):

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from .. import environment
+from glmquant.bench import environment
+
 from . import convert, quantize
 
 SECTIONS: dict[str, Callable[[], Any]] = {

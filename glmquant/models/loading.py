@@ -65,7 +65,7 @@ def load(
         UsageError: options that contradict each other.
     """
     checkpoint = open_checkpoint(path, adapter)
-    model = build(checkpoint, _dtype(dtype, checkpoint), attn_implementation)
+    model = build(checkpoint, compute_dtype(dtype, checkpoint), attn_implementation)
     folder = checkpoint.source.folder
     model.config._name_or_path = model.name_or_path = os.fspath(path)
     placement = Placement(model, device, device_map, max_memory, offload_folder, folder)
@@ -78,9 +78,9 @@ def load(
                 )  # pages of the file count as memory of the process as long as they are mapped
                 layer = spec.layer
             if spec.role is Role.HEAD and checkpoint.dims.tied_head:
-                _check_tied(checkpoint, spec)
+                check_tied(checkpoint, spec)
             else:
-                _fill(model, checkpoint, spec, placement)
+                fill(model, checkpoint, spec, placement)
     _unmap(checkpoint)
     placement.finish()
     return model.eval()
@@ -91,7 +91,8 @@ def _unmap(checkpoint: Checkpoint) -> None:
         checkpoint.source.release(shard)
 
 
-def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
+    """What a model computes in; see `load`."""
     if dtype is None or dtype == "auto":
         return torch_dtype(families.stated_dtype(checkpoint.source.config))
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
@@ -100,8 +101,8 @@ def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dty
     return found
 
 
-def _fill(model: Any, checkpoint: Checkpoint, spec: TensorSpec, placement: Placement) -> None:
-    """Copy one tensor of the checkpoint to the parameters that it becomes."""
+def fill(model: Any, checkpoint: Checkpoint, spec: TensorSpec, placement: Placement) -> list[str]:
+    """Copy one tensor of the checkpoint to the parameters that it becomes; returns their names."""
     parts = checkpoint.parts(spec)
     if spec.name in checkpoint.quantized:
         layers = {part: model.get_submodule(part.name.removesuffix(".weight")) for part in parts}
@@ -119,9 +120,10 @@ def _fill(model: Any, checkpoint: Checkpoint, spec: TensorSpec, placement: Place
             for part, low, high in _overlaps(parts, start, block.shape[0]):
                 first = start + low - part.start
                 targets[part][first : first + high - low].copy_(block[low:high])
-    for part in parts:
-        for name in names[part]:
-            placement.filled(name)
+    filled = [name for part in parts for name in names[part]]
+    for name in filled:
+        placement.filled(name)
+    return filled
 
 
 def _overlaps(parts: tuple[Part, ...], start: int, count: int) -> Iterator[tuple[Part, int, int]]:
@@ -154,7 +156,7 @@ def _decoded_blocks(checkpoint: Checkpoint, weight: StoredWeight) -> Iterator[tu
         yield start, stored_as.decode(stored, block)
 
 
-def _check_tied(checkpoint: Checkpoint, head: TensorSpec) -> None:
+def check_tied(checkpoint: Checkpoint, head: TensorSpec) -> None:
     """A head that is stored although config.json ties it to the embedding must be the embedding."""
     source = checkpoint.source
     embedding = next(s for s in checkpoint.family.tensors(checkpoint.dims) if s.role is Role.EMBEDDING)

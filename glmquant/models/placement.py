@@ -78,6 +78,12 @@ class Placement:
             name = name.rpartition(".")[0]
         return self._map[name]
 
+    @property
+    def device(self) -> torch.device:
+        """Where a model goes that is not spread."""
+        device: torch.device = self._map[""]
+        return device
+
     def materialize(self, name: str) -> Tensor:
         """Give the parameter called `name` memory; returns it, to be filled."""
         old = self._model.get_parameter(name)
@@ -101,7 +107,11 @@ class Placement:
         tensor = self._model.get_parameter(name).detach()
         for alias in self._names[name]:
             offload_weight(tensor, alias, str(self._folder), self._index)
-        self._replace(name, tensor.to("meta"))
+        self.release(name)
+
+    def release(self, name: str) -> None:
+        """Take the memory of the parameter away again."""
+        self._replace(name, self._model.get_parameter(name).detach().to("meta"))
 
     def finish(self) -> None:
         """Move what is no parameter, and let accelerate bring layers and activations together."""
