@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench test-engines clean
+.PHONY: demo test check format bench kernels test-engines clean
 
 demo: $(READY)  ## convert a real language model to INT8 and INT4 and let it answer
 	TQDM_DISABLE=1 $(BIN)/python -m benchmarks.demo
@@ -25,6 +25,9 @@ format: $(READY)  ## put the code in order
 
 bench: $(READY)  ## speed and memory of convert on the real shapes; needs 40 GB of disk and some minutes
 	$(BIN)/python -m benchmarks.convert
+
+kernels: $(READY)  ## CUDA kernels for every architecture in one file, with nvcc; without it they are compiled on first use
+	$(BIN)/python -m glmquant._cuda.build
 
 test-engines: $(READY)  ## load converted checkpoints in real engines, in environments of their own
 	$(BIN)/python -m tests.engines

@@ -153,7 +153,7 @@ def _breakdown(source: Path, methods: list[str]) -> dict[str, float]:
     import torch
 
     from glmquant import _quantize, formats, quantizers
-    from glmquant._convert import _tuned_for_blocks
+    from glmquant._convert import tuned_for_blocks
     from glmquant._hashing import sha256
     from glmquant._open import open_source
     from glmquant.plan import make_plan
@@ -198,7 +198,7 @@ def _breakdown(source: Path, methods: list[str]) -> dict[str, float]:
     scratch.unlink()
     blocks = [opened.source.read(item.source, 0, 64) for item in layer]
     scheme, weights = Scheme(4, 128), sum(block.numel() for block in blocks)
-    with _tuned_for_blocks(), torch.inference_mode():
+    with tuned_for_blocks(), torch.inference_mode():
         for method in methods:
             quantizer = quantizers.get(method)
             parts[f"quantize_encode_compare_{method}_one_core"] = factor * seconds(

@@ -19,11 +19,15 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from ._check import Check, check
     from ._convert import ConvertResult, convert, plan_conversion
     from ._evaluate import Estimate, Evaluation, evaluate
     from ._inspect import Inspection, inspect
+    from ._recipes import RecipeRow, recipes
+    from ._sensitivity import Measurement, measure
     from ._verify import Verification, verify
     from .errors import (
+        DoesNotFitError,
         GlmquantError,
         ModelError,
         OutputError,
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
     from .models.chat import chat, stream_chat
     from .models.loading import load
     from .plan import Plan
-    from .recipe import Recipe
+    from .recipe import Fit, Recipe
     from .scheme import QuantizedTensor, Scheme
     from .tokenizers.loading import load_tokenizer
 
@@ -49,16 +53,20 @@ _HOMES = {
     "GlmquantError": "errors", "ModelError": "errors", "OutputError": "errors", "QuantizationError": "errors",
     "QuantizedSourceError": "errors", "SourceError": "errors", "UnsafeFileError": "errors",
     "UsageError": "errors", "VerificationError": "errors",
+    "Check": "_check", "check": "_check", "RecipeRow": "_recipes", "recipes": "_recipes",
+    "Measurement": "_sensitivity", "measure": "_sensitivity", "DoesNotFitError": "errors", "Fit": "recipe",
     "Plan": "plan", "Recipe": "recipe", "QuantizedTensor": "scheme", "Scheme": "scheme",
     "load": "models.loading", "load_tokenizer": "tokenizers.loading",
     "chat": "models.chat", "stream_chat": "models.chat",
 }  # fmt: skip
 
 __all__ = [
-    "ConvertResult", "Estimate", "Evaluation", "GlmquantError", "Inspection", "ModelError", "OutputError", "Plan",
-    "QuantizationError", "QuantizedSourceError", "QuantizedTensor", "Recipe", "Scheme", "SourceError",
-    "UnsafeFileError", "UsageError", "Verification", "VerificationError", "__version__", "chat", "convert",
-    "evaluate", "inspect", "load", "load_tokenizer", "plan_conversion", "stream_chat", "verify",
+    "Check", "ConvertResult", "DoesNotFitError", "Estimate", "Evaluation", "Fit", "GlmquantError",
+    "Inspection", "Measurement", "ModelError", "OutputError", "Plan", "QuantizationError",
+    "QuantizedSourceError", "QuantizedTensor", "Recipe", "RecipeRow", "Scheme", "SourceError",
+    "UnsafeFileError", "UsageError", "Verification", "VerificationError", "__version__", "chat", "check",
+    "convert", "evaluate", "inspect", "load", "load_tokenizer", "measure", "plan_conversion", "recipes",
+    "stream_chat", "verify",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ._terminal import json_option, progress
+from ._terminal import progress_bar
 from .errors import SourceError, UsageError
 
 # Names only: the runtimes themselves import torch. A test compares.
@@ -48,7 +48,7 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
     "--markdown", type=click.Path(dir_okay=False), metavar="FILE", help="Write the table there too."
 )
 @click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE", help="Memory against speed: out.png")
-@json_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 def bench(
     outs: tuple[str, ...],
     peers: tuple[str, ...],
@@ -87,7 +87,7 @@ def bench(
     workload = Workload(prompt, new, batch, warmup, repetitions)
     candidates = [Candidate(out, device=device, dtype=dtype) for out in outs]
     candidates += [Candidate(outs[0], peer, device, dtype) for peer in peers]
-    with progress("measuring", quiet=as_json, unit="candidates") as shown:
+    with progress_bar("measuring", quiet=as_json, unit="candidates") as shown:
         found = harness.run(candidates, workload, shown)
     click.echo(json.dumps(found, indent=2) if as_json else report.text(found))
     if markdown is not None:

@@ -20,14 +20,15 @@ from ._open import OpenedSource, PathLike, open_source
 from ._report import build_report, item_entry
 from ._sidecars import sidecar_files, to_json
 from ._version import __version__
-from .checkpoint.output import REPORT, OutputFolder, check_out, show_size, write_synced
+from .checkpoint.output import REPORT, OutputFolder, check_out, write_synced
 from .checkpoint.sink import ShardedSink, ShardLayout
 from .checkpoint.source import TensorSource
 from .errors import OutputError, UsageError
 from .plan import Plan, make_plan
-from .recipe import Recipe
+from .recipe import Recipe, show_size
 
 if TYPE_CHECKING:
+    from ._device import Gpu
     from ._quantize import Task, TaskResult
 
 _MOST_WORKERS = 8
@@ -54,14 +55,28 @@ class ConvertResult:
 
 
 def plan_conversion(
-    source: PathLike, recipe: Recipe | None = None, *, adapter: PathLike | None = None
+    source: PathLike,
+    recipe: Recipe | None = None,
+    *,
+    adapter: PathLike | None = None,
+    measuring: Progress | None = None,
 ) -> Plan:
-    """What `convert` would do, from headers alone.
+    """What `convert` would do, from headers alone, unless there is a `Recipe.fit`: that measures the weights once.
 
     Raises:
         GlmquantError: whatever `convert` would refuse before it reads a weight.
     """
-    return make_plan(open_source(source, adapter).source, recipe or Recipe())
+    opened = open_source(source, adapter)
+    return make_plan(opened.source, _resolved(opened, recipe, measuring))
+
+
+def _resolved(opened: OpenedSource, recipe: Recipe | None, measuring: Progress | None) -> Recipe:
+    recipe = recipe or Recipe()
+    if recipe.fit is None or recipe.fit.choices:
+        return recipe
+    from ._fit import fitted
+
+    return fitted(opened, recipe, measuring)
 
 
 def convert(
@@ -70,34 +85,43 @@ def convert(
     recipe: Recipe | None = None,
     *,
     adapter: PathLike | None = None,
+    device: str = "auto",
     workers: int | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    measuring: Progress | None = None,
 ) -> ConvertResult:
     """Quantize the checkpoint `source` into the new folder `out`.
 
-    The same input gives the same bytes, whatever the number of workers. Memory stays at a few dozen megabytes
-    for each worker, whatever the size of the model.
+    The same input gives the same bytes, whatever the device and the number of workers. Memory stays at a few dozen
+    megabytes for each worker, whatever the size of the model.
 
     Args:
         source: a model folder.
         out: the folder to write; it appears only when it is whole and verified.
         recipe: what to do; by default INT4 in groups of 128 columns, as compressed-tensors.
         adapter: a PEFT LoRA folder to merge first.
+        device: where to quantize: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one that can be used. What does
+            not fit into its memory is quantized on the CPU.
         workers: threads that quantize; by default one for each core this process may use, up to eight. While they
             run, torch works in one thread each, and glibc's malloc keeps freed memory; both hold for the process.
         resume: go on from the whole shards that an interrupted run left behind.
         force: replace an `out` that glmquant wrote before.
         progress: see `Progress`.
+        measuring: the same for the measurement that `Recipe.fit` needs, counted in layers.
 
     Raises:
         GlmquantError: see `glmquant.errors`; `out` is as it was before.
     """
     opened = open_source(source, adapter)
-    plan = make_plan(opened.source, recipe or Recipe())
+    plan = make_plan(opened.source, _resolved(opened, recipe, measuring))
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers cannot work; use 1 or more.")
+    if device not in ("auto", "cpu"):
+        from ._device import find_gpu
+
+        find_gpu(device)  # says now what is wrong, before anything is written
     folder = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - resolve() would follow links
     _check_places(opened, folder)
     check_out(folder, force=force)
@@ -106,9 +130,9 @@ def convert(
         finished = _whole_shards(output, plan)
         _check_room(plan, finished, output.partial)
         # Hashing comes first: it has the second in which torch is loaded to itself.
-        with BackgroundHasher(opened.source.files) as hasher, _tuned_for_blocks():
-            hashes, entries = _write_weights(
-                plan, opened, output, finished, workers or _cores(), hasher, progress
+        with BackgroundHasher(opened.source.files) as hasher, tuned_for_blocks():
+            hashes, entries, hints = _write_weights(
+                plan, opened, output, finished, device, workers or cores(), hasher, progress
             )
             source_files = hasher.result()
         from . import _verify
@@ -122,8 +146,7 @@ def convert(
         report = build_report(plan, opened, source_files, hashes, files, entries)
         write_synced(output.partial / REPORT, to_json(report))
         output.commit()
-    slow = _native.why_not() if plan.recipe.method else None
-    return ConvertResult(folder, plan, report, (f"worked without compiled kernels: {slow}.",) if slow else ())
+    return ConvertResult(folder, plan, report, hints)
 
 
 def _write_weights(
@@ -131,13 +154,15 @@ def _write_weights(
     opened: OpenedSource,
     output: OutputFolder,
     finished: dict[str, Any],
+    device: str,
     workers: int,
     hasher: BackgroundHasher,
     progress: Progress | None,
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """Quantize and write every shard that is not finished; returns hashes by file and report entries by item."""
-    from . import _quantize, quantizers
+) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
+    """Quantize and write every shard that is not finished; returns hashes by file, report entries by item, hints."""
+    from . import _device, _quantize, quantizers
 
+    gpu, idle = _device.find_gpu(device) if plan.recipe.method else (None, None)
     fmt = formats.get(str(plan.recipe.format))
     quantizer = quantizers.get(plan.recipe.method) if plan.recipe.method else None
     shard_of = {tensor.name: shard for shard in plan.shards for tensor in shard.tensors}
@@ -168,7 +193,7 @@ def _write_weights(
     error = _quantize.ItemError()
     try:
         for task, result in _in_order(
-            todo, workers, lambda t: _quantize.run(t, opened.source, quantizer, fmt)
+            todo, workers, lambda t: _quantize.run(t, opened.source, quantizer, fmt, gpu)
         ):
             item = task.item
             error.add(result)
@@ -183,10 +208,20 @@ def _write_weights(
             hasher.consumed(task.nbytes)
             if progress is not None:
                 progress(done, plan.source_nbytes, item.name)
-        return sink.close(), entries
+        return sink.close(), entries, tuple(_hints(plan, gpu, idle))
     except BaseException:
         sink.abandon()
         raise
+
+
+def _hints(plan: Plan, gpu: Gpu | None, idle: str | None) -> Iterator[str]:
+    if idle is not None:
+        yield f"the GPU was not used: {idle}."
+    if gpu is not None and gpu.fallbacks:
+        yield f"GPU memory was short {gpu.fallbacks} times; those rows were quantized on the CPU."
+    slow = _native.why_not() if plan.recipe.method and gpu is None else None
+    if slow is not None:
+        yield f"worked without compiled kernels: {slow}."
 
 
 class _SourceShards:
@@ -292,14 +327,14 @@ def _index(plan: Plan) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use, but no more than can be fed: hashing and writing take one thread each."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(found, _MOST_WORKERS)
 
 
 @contextmanager
-def _tuned_for_blocks() -> Iterator[None]:
+def tuned_for_blocks() -> Iterator[None]:
     """Settings of the process for many short operations on blocks of a few megabytes.
 
     One worker per core beats torch's own threads: no barrier after each of a dozen operations. And glibc by

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from ._terminal import json_option, print_rows, progress
+from ._terminal import print_rows, progress_bar
 
 
 @click.command("eval")
@@ -32,7 +32,7 @@ from ._terminal import json_option, print_rows, progress
     type=click.Choice(["float16", "bfloat16", "float32"]),
     help="Of both models.  [default: float32 on a CPU, else as the source's config.json says]",
 )
-@json_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 def eval_(
     out: str,
     source: str,
@@ -57,7 +57,7 @@ def eval_(
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
     from ._evaluate import Estimate, evaluate
 
-    with progress("evaluating", quiet=as_json, unit="blocks") as report:
+    with progress_bar("evaluating", quiet=as_json, unit="blocks") as report:
         found = evaluate(
             out,
             source,

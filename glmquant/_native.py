@@ -17,6 +17,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from ._folders import cache_folder, kernel_folder
+
 # No contraction of a*b+c and no -ffast-math: roundings are part of what a kernel promises.
 _FLAGS = (
     "-O3",
@@ -95,24 +97,20 @@ def _find() -> _Loaded:
         return _Loaded(None, f"{compiler} could not build the CPU kernels ({line})")
 
 
-def _folder() -> Path:
-    """``kernels`` lies beside the package's modules in a wheel, and beside the package in its repository."""
-    package = Path(__file__).parent
-    return next(f for f in (package / "kernels", package.parent / "kernels") if f.is_dir()) / "cpu"
-
-
 def _built(compiler: str) -> Path:
     """The library made of ``kernels/cpu``, from the cache if it is there."""
-    cache = _cache_folder()
+    cache = cache_folder("native")
     program = Path(compiler).resolve()
-    texts = [path.read_text() for path in sorted(_folder().iterdir()) if path.suffix in (".cpp", ".h")]
+    texts = [
+        path.read_text() for path in sorted(kernel_folder("cpu").iterdir()) if path.suffix in (".cpp", ".h")
+    ]
     key = [*texts, *_FLAGS, str(_TUNINGS), str(program), str(program.stat().st_mtime_ns), _processor()]
     path = cache / f"cpu-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         made = Path(scratch) / path.name
-        sources = sorted(str(path) for path in _folder().glob("*.cpp"))
+        sources = sorted(str(path) for path in kernel_folder("cpu").glob("*.cpp"))
         for tuning in _TUNINGS:
             command = [compiler, *_FLAGS, *tuning, "-o", str(made), *sources]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -121,19 +119,6 @@ def _built(compiler: str) -> Path:
         done.check_returncode()
         made.replace(path)  # whole or not at all, whoever else builds it
     return path
-
-
-def _cache_folder() -> Path:
-    named = os.environ.get("GLMQUANT_CACHE")
-    shared = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(named) if named else (Path(shared) if shared else Path.home() / ".cache") / "glmquant"
-    folder = folder / "native"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="glmquant-native-"))
 
 
 def _processor() -> str:

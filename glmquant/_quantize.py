@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ._device import Gpu
 from .checkpoint.source import TensorSource, torch_dtype
 from .errors import GlmquantError, QuantizationError
 from .families import Role
@@ -56,8 +57,10 @@ def tasks(item: Item, row_multiple: int) -> list[Task]:
     return [Task(item, start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
-def run(task: Task, source: TensorSource, quantizer: Quantizer | None, fmt: Format) -> TaskResult:
-    """Do one task.
+def run(
+    task: Task, source: TensorSource, quantizer: Quantizer | None, fmt: Format, gpu: Gpu | None = None
+) -> TaskResult:
+    """Do one task, on the CPU where no GPU is given or its memory is short; the results are the same.
 
     Raises:
         QuantizationError: naming the tensor.
@@ -69,7 +72,7 @@ def run(task: Task, source: TensorSource, quantizer: Quantizer | None, fmt: Form
             if item.scheme is None:
                 return TaskResult({item.name: _copied(rows, item)})
             assert quantizer is not None
-            return _quantized(rows, item, item.scheme, quantizer, fmt)
+            return _quantized(rows, item, item.scheme, quantizer, fmt, gpu)
         except QuantizationError as error:
             raise QuantizationError(
                 f"{item.source} cannot be converted: {error} (rows {item.start + task.start} to "
@@ -93,24 +96,37 @@ def _all_finite(tensor: torch.Tensor) -> bool:
 
 
 def _quantized(
-    rows: torch.Tensor, item: Item, scheme: Scheme, quantizer: Quantizer, fmt: Format
+    rows: torch.Tensor, item: Item, scheme: Scheme, quantizer: Quantizer, fmt: Format, gpu: Gpu | None
 ) -> TaskResult:
+    if gpu is not None:
+        result = TaskResult({})
+        stored = gpu.run(rows, lambda block: _block(block, item, scheme, quantizer, fmt, result))
+        if stored is not None:
+            result.rows = stored
+            return result
     step = max(1, _BLOCK_WEIGHTS // rows.shape[1])
     step = -(-step // fmt.row_multiple) * fmt.row_multiple
     result = TaskResult({})
     pieces: dict[str, list[torch.Tensor]] = {}
     for block in rows.split(step):  # type: ignore[no-untyped-call]
-        quantized = quantizer(block, scheme)
-        stored = fmt.encode(item.name, quantized)
-        weight = StoredWeight(item.name, scheme, (block.shape[0], block.shape[1]))
-        _compare(quantized, fmt.decode(stored, weight), item, fmt)
-        squared_error, squared_norm = native.squared_sums(block, quantized) or _squared_sums(block, quantized)
-        result.squared_error += squared_error
-        result.squared_norm += squared_norm
-        for name, tensor in stored.items():
+        for name, tensor in _block(block, item, scheme, quantizer, fmt, result).items():
             pieces.setdefault(name, []).append(tensor)
     result.rows = {name: torch.cat(parts) for name, parts in pieces.items()}
     return result
+
+
+def _block(
+    block: torch.Tensor, item: Item, scheme: Scheme, quantizer: Quantizer, fmt: Format, sums: TaskResult
+) -> dict[str, torch.Tensor]:
+    """Stored rows of a block, on its device; adds to `sums` what they are off by."""
+    quantized = quantizer(block, scheme)
+    stored = fmt.encode(item.name, quantized)
+    weight = StoredWeight(item.name, scheme, (block.shape[0], block.shape[1]))
+    _compare(quantized, fmt.decode(stored, weight), item, fmt)
+    squared_error, squared_norm = native.squared_sums(block, quantized) or _squared_sums(block, quantized)
+    sums.squared_error += squared_error
+    sums.squared_norm += squared_norm
+    return stored
 
 
 def _squared_sums(block: torch.Tensor, quantized: QuantizedTensor) -> tuple[float, float]:
@@ -120,10 +136,10 @@ def _squared_sums(block: torch.Tensor, quantized: QuantizedTensor) -> tuple[floa
 
 
 def _square_sum(block: torch.Tensor) -> float:
-    """Sum of squares of float32 [rows, columns]; overwrites `block`. float32 along a row, float64 from row to row:
-    torch's order of summation differs between processors, and this keeps what it changes below the reported digits.
+    """Sum of squares of float32 [rows, columns]; overwrites `block`. Squares in float32, their sum in float64: orders
+    of summation differ between devices, and this keeps what they change far below the reported digits.
     """
-    return block.mul_(block).sum(1).sum(dtype=torch.float64).item()
+    return block.mul_(block).sum(dtype=torch.float64).item()
 
 
 def _compare(before: QuantizedTensor, after: QuantizedTensor, item: Item, fmt: Format) -> None:

@@ -71,7 +71,9 @@ def output_config(source_config: Mapping[str, Any], plan: Plan) -> dict[str, Any
         t.name for t in family.in_layout(plan.dims, str(plan.recipe.layout)) if t.role is families.Role.HEAD
     )
     # A head that is tied to the embedding is not among the items, but it is a module that readers find.
-    left = [name.removesuffix(".weight") for name in heads if name not in quantized]
+    # Nor need every linear layer be quantized: where memory allows, some stay as they are.
+    linears = (item.name for item in plan.items if item.role is families.Role.LINEAR and quantized)
+    left = [name.removesuffix(".weight") for name in [*heads, *linears] if name not in quantized]
     config.update(formats.get(str(plan.recipe.format)).config(plan.recipe, family, weights, left))
     return config
 

@@ -1,34 +1,33 @@
-"""What the commands show: rows, sizes, progress."""
+"""What the commands print with: sizes, rows, tables, progress."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
-GIB = 2**30
-
-
-def json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
+from .recipe import show_size
 
 
 def print_rows(rows: list[tuple[str, str]]) -> None:
+    """Print names and what belongs to them."""
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        click.echo(f"{name:<{width}}  {text}")
+        click.echo(f"{name:<{width}}  {text}".rstrip())
+
+
+def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print columns, the first to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
+        click.echo("  ".join([f"{row[0]:<{widths[0]}}", *cells]).rstrip())
 
 
 @contextmanager
-def progress(
+def progress_bar(
     verb: str, *, quiet: bool, unit: str = "bytes"
 ) -> Iterator[Callable[[int, int, str], None] | None]:
     """A live bar on a terminal, a line every tenth of the way elsewhere, nothing with --json; all on stderr."""
@@ -43,7 +42,7 @@ def progress(
             tenth = 10 * done // max(1, total)
             if tenth != shown:
                 shown = tenth
-                amount = f" of {size(total)}" if unit == "bytes" else ""
+                amount = f" of {show_size(total)}" if unit == "bytes" else ""
                 click.echo(f"{verb}: {10 * tenth:3d} %{amount} ({name})", err=True)
 
         yield lines

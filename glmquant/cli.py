@@ -8,23 +8,26 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from ._bench_cli import bench
 from ._chat_cli import chat
+from ._check_cli import check
 from ._eval_cli import eval_
-from ._terminal import json_option, print_rows, progress, size
+from ._recipes_cli import recipes
+from ._terminal import print_rows, progress_bar
 from ._version import __version__
 from .errors import GlmquantError, UsageError
-from .recipe import Recipe, parse_size
+from .recipe import Fit, Recipe, parse_size, show_size
 
 if TYPE_CHECKING:
     from .plan import Plan
 
+F = TypeVar("F", bound=Callable[..., Any])
 _SHOWN_PROBLEMS = 20  # with the wrong source there is one for every weight
 
 
@@ -119,6 +122,10 @@ def _completion(ctx: click.Context) -> None:
     ctx.exit()
 
 
+def _json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)
+
+
 def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
     if value is None or value == "row":
         return value
@@ -130,7 +137,7 @@ def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 @main.command()
 @click.argument("ref")
-@json_option
+@_json_option
 def inspect(ref: str, as_json: bool) -> None:
     """Describe the checkpoint REF: sizes, quantization, memory.
 
@@ -150,19 +157,19 @@ def inspect(ref: str, as_json: bool) -> None:
         ("model", f"{found.model} ({found.family}, {found.layout} layout)"),
         (
             "weights",
-            f"{found.parameters / 1e9:.2f} billion, {size(found.nbytes)} in {len(found.files)} files",
+            f"{found.parameters / 1e9:.2f} billion, {show_size(found.nbytes)} in {len(found.files)} files",
         ),
-        ("stored as", ", ".join(f"{t} {size(n)}" for t, n in found.dtypes.items())),
+        ("stored as", ", ".join(f"{t} {show_size(n)}" for t, n in found.dtypes.items())),
         ("quantization", ", ".join(f"{s} ({n} weights)" for s, n in found.schemes.items()) or "none"),
         (
             "layers",
             f"{d.layers} x {d.hidden}, {d.heads} heads ({d.kv_heads} KV) of {d.head_dim}, MLP {d.ffn}",
         ),
         ("vocabulary", f"{d.vocab}"),
-        ("memory", f"weights {size(found.nbytes)}, and a 16-bit KV cache for one sequence of"),
+        ("memory", f"weights {show_size(found.nbytes)}, and a 16-bit KV cache for one sequence of"),
     ]
     contexts = sorted({n for n in (2048, 8192, d.context) if n <= d.context})
-    rows += [("", f"  {n:>6} tokens  {size(found.cache_bytes(n))}") for n in contexts]
+    rows += [("", f"  {n:>6} tokens  {show_size(found.cache_bytes(n))}") for n in contexts]
     print_rows(rows)
     return None
 
@@ -170,7 +177,7 @@ def inspect(ref: str, as_json: bool) -> None:
 @main.command()
 @click.argument("source")
 @click.argument("out")
-@click.option("--bits", type=click.Choice(["4", "8", "16"]), default="4", show_default=True)
+@click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Default: 4.")
 @click.option(
     "--group-size", callback=_group_size, metavar="32|64|128|row", help="Columns that share a scale."
 )
@@ -188,17 +195,27 @@ def inspect(ref: str, as_json: bool) -> None:
     is_flag=True,
     help="Input embeddings in 8 bit; in cpm (ChatGLM-6B only) they and the head at --bits.",
 )
+@click.option("--fit", metavar="SIZE", help="Choose bits and groups per layer to run within this memory.")
+@click.option("--context", type=click.IntRange(1), metavar="N", help="Tokens, for --fit.  [default: 8192]")
+@click.option("--batch", type=click.IntRange(1), metavar="N", help="Sequences, for --fit.  [default: 1]")
 @click.option("--adapter", type=click.Path(), metavar="DIR", help="Merge this LoRA (PEFT) first.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to quantize: auto is a GPU if there is one.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one for each core]")
 @click.option("--max-shard-size", default="4GB", show_default=True, metavar="SIZE", help="Largest file.")
 @click.option("--resume", is_flag=True, help="Go on from the whole shards of an interrupted run.")
 @click.option("--force", is_flag=True, help="Replace an OUT that glmquant wrote.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@json_option
+@_json_option
 def convert(
     source: str,
     out: str,
-    bits: str,
+    bits: str | None,
     group_size: Any,
     symmetric: bool,
     method: str | None,
@@ -206,7 +223,11 @@ def convert(
     layout: str | None,
     quantize_head: bool,
     quantize_embeddings: bool,
+    fit: str | None,
+    context: int | None,
+    batch: int | None,
     adapter: str | None,
+    device: str,
     workers: int | None,
     max_shard_size: str,
     resume: bool,
@@ -221,6 +242,7 @@ def convert(
     glmquant convert chatglm3-6b out --bits 8                        INT8
     glmquant convert chatglm-6b out --format cpm                     THUDM's own INT4, byte for byte
     glmquant convert chatglm3-6b out --bits 16                       only make it load without remote code
+    glmquant convert chatglm3-6b out --fit 6GiB --context 8192       the best that runs within 6 GiB
     glmquant convert chatglm3-6b out --adapter my-lora               merge a fine-tune on the way
 
     OUT appears when it is whole and verified, never before.
@@ -229,7 +251,7 @@ def convert(
     from ._convert import plan_conversion
 
     recipe = Recipe(
-        bits=int(bits),
+        bits=int(bits or 4),
         group_size=group_size,
         symmetric=symmetric,
         method=method,
@@ -238,22 +260,29 @@ def convert(
         quantize_head=quantize_head,
         quantize_embeddings=quantize_embeddings,
         max_shard_size=parse_size(max_shard_size),
+        fit=_fit(fit, bits, context, batch),
     )
     if dry_run:
-        plan = plan_conversion(source, recipe, adapter=adapter)
+        with progress_bar("measuring", quiet=as_json, unit="layers") as measuring:
+            plan = plan_conversion(source, recipe, adapter=adapter, measuring=measuring)
         if as_json:
             return click.echo(json.dumps(plan.to_json(), indent=2))
         return _print_plan(plan)
-    with progress("converting", quiet=as_json) as report:
+    with (
+        progress_bar("measuring", quiet=as_json or not fit, unit="layers") as measuring,
+        progress_bar("converting", quiet=as_json) as progress,
+    ):
         result = run(
             source,
             out,
             recipe,
             adapter=adapter,
+            device=device,
             workers=workers,
             resume=resume,
             force=force,
-            progress=report,
+            progress=progress,
+            measuring=measuring,
         )
     if as_json:
         return click.echo(json.dumps({"out": str(result.out), **result.report}, indent=2))
@@ -265,9 +294,11 @@ def convert(
         ("written", f"{result.out}"),
         (
             "size",
-            f"{size(summary['bytes'])}, {ratio:.2f} times smaller, {summary['bits_per_weight']} bits per weight",
+            f"{show_size(summary['bytes'])}, {ratio:.2f} times smaller, {summary['bits_per_weight']} bits per weight",
         ),
     ]
+    if result.plan.recipe.fit is not None:
+        rows.append(("fits", result.plan.recipe.fit.summary()))
     if "worst_tensor" in summary:
         error = f"{summary['mean_relative_error']:.4f} mean, {summary['worst_relative_error']:.4f} worst"
         rows.append(("error", f"{error} ({summary['worst_tensor']})"))
@@ -280,7 +311,7 @@ def convert(
     "--source", metavar="REF|DIR", help="Measure the error against the checkpoint it was made from."
 )
 @click.option("--adapter", type=click.Path(), metavar="DIR", help="The LoRA that was merged into it.")
-@json_option
+@_json_option
 def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> None:
     """Check the folder OUT: structure, hashes, decoding.
 
@@ -294,8 +325,8 @@ def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> 
 
     if adapter is not None and source is None:
         raise UsageError("--adapter says what was merged into the source; give the --source too.")
-    with progress("verifying", quiet=as_json, unit="tensors") as report:
-        found = run(out, source, adapter=adapter, progress=report)
+    with progress_bar("verifying", quiet=as_json, unit="tensors") as progress:
+        found = run(out, source, adapter=adapter, progress=progress)
     if as_json:
         shown = {
             "ok": found.ok,
@@ -339,13 +370,31 @@ def _print_plan(plan: Plan) -> None:
         shape = " x ".join(str(n) for n in item.shape)
         target = str(item.scheme) if item.scheme else item.outputs[0].dtype
         click.echo(f"{item.name:<58} {shape:>16}  {item.dtype:<5} {target:<15} {item.nbytes / 2**20:>9.2f}")
-    click.echo(f"reads {size(plan.source_nbytes)}, writes {size(plan.nbytes)} in {len(plan.shards)} files")
+    click.echo(
+        f"reads {show_size(plan.source_nbytes)}, writes {show_size(plan.nbytes)} in {len(plan.shards)} files"
+    )
+    if recipe.fit is not None:
+        for choice in recipe.fit.choices:
+            click.echo(f"{choice.name}: {choice}; {choice.reason}")
+        click.echo(f"fits: {recipe.fit.summary()}")
     for note in plan.notes:
         click.echo(f"note: {note}")
 
 
-for _command in (bench, chat, eval_):
-    main.add_command(_command)
+def _fit(size: str | None, bits: str | None, context: int | None, batch: int | None) -> Fit | None:
+    if size is None:
+        if context or batch:
+            raise UsageError(
+                "--context and --batch say what --fit SIZE is for; give it too, or leave them out."
+            )
+        return None
+    if bits is not None:
+        raise UsageError("--fit chooses the bits of every layer; leave out --bits, or --fit.")
+    return Fit(parse_size(size), context or 8192, batch or 1)
+
+
+for command in (bench, chat, check, eval_, recipes):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,8 @@
     ├── QuantizationError         a weight that cannot be quantized (NaN, Inf, scale overflow)
     ├── ModelError                a model that computes NaN or infinity
     ├── OutputError               OUT cannot be written: exists, is locked, disk full
-    └── VerificationError         what was written is not what was planned
+    ├── VerificationError         what was written is not what was planned
+    └── DoesNotFitError           no recipe stays within the memory that there is
 
 The command line exits with ``exit_status``: 2 for bad usage or bad input, 1 where the honest answer is "no".
 """
@@ -56,5 +57,11 @@ class OutputError(GlmquantError):
 
 class VerificationError(GlmquantError):
     """The written files differ from the plan or from their recorded hashes."""
+
+    exit_status = 1
+
+
+class DoesNotFitError(GlmquantError):
+    """No recipe stays within the budget; names the smallest there is."""
 
     exit_status = 1

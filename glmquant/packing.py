@@ -12,6 +12,8 @@ import sys
 import torch
 
 from . import _native
+from ._cuda import packing as on_gpu
+from ._cuda.packing import Layout
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine runs torch wheels today
     raise ImportError("glmquant needs a little-endian machine")
@@ -58,6 +60,8 @@ def pack_int32(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Returns:
         int32 [rows, ceil(columns * bits / 32)].
     """
+    if codes.is_cuda and (packed := on_gpu.pack(codes, bits, Layout.WORDS)) is not None:
+        return packed
     per_word = 32 // bits
     if bits == 4 and codes.shape[1] % per_word == 0:
         words = codes.new_empty(codes.shape[0], codes.shape[1] // per_word, dtype=torch.int32)
@@ -75,6 +79,8 @@ def pack_int32(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_int32(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Inverse of `pack_int32`: int32 [rows, words] -> int8 [rows, columns]."""
+    if words.is_cuda and (codes := on_gpu.unpack(words, columns, bits, Layout.WORDS)) is not None:
+        return codes
     stored = words.reshape(-1).view(torch.uint8)  # flat as in `_unsigned`
     if bits == 8:
         signed = (stored ^ 0x80).view(torch.int8)
@@ -94,6 +100,8 @@ def pack_nibbles_high_first(codes: torch.Tensor) -> torch.Tensor:
     Returns:
         int8 [rows, columns / 2].
     """
+    if codes.is_cuda and (packed := on_gpu.pack(codes, 4, Layout.NIBBLES)) is not None:
+        return packed
     codes = codes.contiguous()
     packed = codes.new_empty(codes.shape[0], codes.shape[1] // 2)
     found = _compiled("pack_high_first", codes, packed, packed.numel())
@@ -105,8 +113,11 @@ def pack_nibbles_high_first(codes: torch.Tensor) -> torch.Tensor:
 
 def unpack_nibbles_high_first(packed: torch.Tensor) -> torch.Tensor:
     """Inverse of `pack_nibbles_high_first`: int8 [rows, n] -> int8 [rows, 2n]."""
+    columns = 2 * packed.shape[1]
+    if packed.is_cuda and (codes := on_gpu.unpack(packed, columns, 4, Layout.NIBBLES)) is not None:
+        return codes
     packed = packed.contiguous()
-    codes = packed.new_empty(packed.shape[0], packed.shape[1] * 2)
+    codes = packed.new_empty(packed.shape[0], columns)
     found = _compiled("unpack_high_first", packed, codes, packed.numel())
     if found is not None:
         return found

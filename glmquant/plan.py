@@ -177,17 +177,7 @@ def resolve_recipe(recipe: Recipe, family: Family) -> tuple[Recipe, Format]:
         group = fmt.abilities.groups[0]
     if method == "thudm" and (group != "row" or not recipe.symmetric):
         raise UsageError("--method thudm is per row and symmetric; use --method mse or rtn for groups.")
-    return Recipe(
-        bits=recipe.bits,
-        group_size=group,
-        symmetric=recipe.symmetric,
-        method=method,
-        format=name,
-        layout=layout,
-        quantize_head=recipe.quantize_head,
-        quantize_embeddings=recipe.quantize_embeddings,
-        max_shard_size=recipe.max_shard_size,
-    ), fmt
+    return replace(recipe, group_size=group, method=method, format=name, layout=layout), fmt
 
 
 def _default_format(family: Family) -> str:
@@ -310,7 +300,17 @@ def _scheme(tensor: LayoutTensor, dtype: str, recipe: Recipe, fmt: Format) -> Sc
     if recipe.bits == 16:
         return None
     linear = formats.resolve_scheme(recipe, fmt.abilities, fmt.name, fmt.scale_dtype(dtype))
-    scheme = linear if tensor.role is Role.LINEAR else fmt.end_schemes(recipe, linear).get(tensor.role)
+    choice = recipe.fit.of(tensor.source) if recipe.fit else None
+    if choice is not None and choice.bits == 16:
+        return None
+    if choice is not None:
+        scheme: Scheme | None = replace(
+            linear, bits=choice.bits, group_size=None if choice.group_size == "row" else choice.group_size
+        )
+    elif tensor.role is Role.LINEAR:
+        scheme = linear
+    else:
+        scheme = fmt.end_schemes(recipe, linear).get(tensor.role)
     if scheme is not None:
         scheme.check_width(tensor.name, tensor.shape[1])
     return scheme

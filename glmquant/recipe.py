@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from .errors import UsageError
@@ -31,6 +33,74 @@ def parse_size(text: str) -> int:
     return size
 
 
+def show_size(nbytes: int) -> str:
+    """Bytes as GiB, or as MiB where that would be 0.0 GiB."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def scheme_name(bits: int, group: Group | None) -> str:
+    """A scheme for people, such as ``int4 g128``."""
+    if bits == 16:
+        return "16 bit"
+    return f"int{bits} {group if group == 'row' else f'g{group}'}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The scheme of source tensors that have to be alike.
+
+    Args:
+        name: for people.
+        tensors: their names in the source; the one linear layer, or q, k and v of an attention.
+        bits: 4, 8, or 16 for "as it is".
+        group_size: columns that share a scale, ``"row"``; None with 16 bits.
+        reason: why it is so, for people.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    bits: int
+    group_size: Group | None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return scheme_name(self.bits, self.group_size)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A budget, and the schemes that were chosen to stay within it.
+
+    Args:
+        budget: bytes that a process may take at its peak.
+        context: tokens of prompt and answer.
+        batch: sequences at a time.
+        predicted: the peak that the choices lead to, in bytes; 0 before they are made.
+        choices: for every linear layer; empty before they are made.
+    """
+
+    budget: int
+    context: int
+    batch: int = 1
+    predicted: int = 0
+    choices: tuple[Choice, ...] = ()
+
+    def summary(self) -> str:
+        """What was chosen how often, and what it leads to, for people."""
+        counts = Counter(str(choice) for choice in self.choices)
+        schemes = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
+        sizes = f"{self.predicted / 2**30:.2f} of {self.budget / 2**30:.2f} GiB"
+        return f"{sizes} with {self.batch} x {self.context} tokens ({schemes})"
+
+    def of(self, tensor: str) -> Choice | None:
+        """The choice for a source tensor; None if it is not a linear layer."""
+        return self._by_tensor.get(tensor)
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, Choice]:
+        return {name: choice for choice in self.choices for name in choice.tensors}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a conversion should do; None leaves the choice to the format (see `glmquant.formats`).
@@ -45,6 +115,7 @@ class Recipe:
         quantize_head: the output head in 8 bit instead of 16.
         quantize_embeddings: the input embeddings in 8 bit instead of 16; in ``cpm``, for ChatGLM-6B only, embedding
             and head at `bits`.
+        fit: chooses bits and groups per layer under a budget, in place of `bits` and `group_size`.
         max_shard_size: upper limit of a file in bytes (a single tensor may exceed it).
     """
 
@@ -57,6 +128,7 @@ class Recipe:
     quantize_head: bool = False
     quantize_embeddings: bool = False
     max_shard_size: int = 4 * 10**9
+    fit: Fit | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8, 16):

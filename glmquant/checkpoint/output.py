@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError
+from ..recipe import show_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -237,11 +238,6 @@ def write_error(partial: Path, error: OSError, needed: int | None = None) -> Out
             "and run the same command with --resume."
         )
     return OutputError(f"cannot write to {partial}: {error.strerror or error}.")
-
-
-def show_size(nbytes: int) -> str:
-    """Bytes as GiB, or as MiB where that would be 0.0 GiB."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.2f} MiB"
 
 
 def _empty(folder: Path, keep: Collection[str]) -> None:

@@ -69,16 +69,27 @@ def load(
     folder = checkpoint.source.folder
     model.config._name_or_path = model.name_or_path = os.fspath(path)
     placement = Placement(model, device, device_map, max_memory, offload_folder, folder)
+    layer = None
     with torch.no_grad():
         for spec in checkpoint.present():
+            if spec.layer != layer:
+                unmap(
+                    checkpoint
+                )  # pages of the file count as memory of the process as long as they are mapped
+                layer = spec.layer
             if spec.role is Role.HEAD and checkpoint.dims.tied_head:
                 check_tied(checkpoint, spec)
             else:
                 fill(model, checkpoint, spec, placement)
-    for shard in {info.shard for info in checkpoint.source.infos().values()}:
-        checkpoint.source.release(shard)
+    unmap(checkpoint)
     placement.finish()
     return model.eval()
+
+
+def unmap(checkpoint: Checkpoint) -> None:
+    """Let go of the files; they are opened again where more is read."""
+    for shard in {info.shard for info in checkpoint.source.infos().values()}:
+        checkpoint.source.release(shard)
 
 
 def compute_dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._cuda import packing as on_gpu
 
 if TYPE_CHECKING:
     from .choice import Request
@@ -52,6 +53,8 @@ def dequantize(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int, dtype: torch.dtype
 ) -> Tensor | None:
     """What `glmquant.ops.dequantize` computes, or None where there is no kernel for it."""
+    if packed.is_cuda:
+        return on_gpu.dequantize(packed, scale, zero_point, bits, columns, dtype)
     library = _native.library() if packed.device.type == "cpu" else None
     if library is None:
         return None

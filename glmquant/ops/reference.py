@@ -1,7 +1,7 @@
 """Packed weights in plain PyTorch: unpack a tile of rows, multiply by it, drop it.
 
-It runs on every device and is what kernels are tested against (a compiled kernel unpacks tiles on CPUs, to the same
-bits). The whole weight is never unpacked at once, so a
+It runs on every device and is what kernels are tested against (compiled kernels unpack tiles on CPUs and GPUs, to the
+same bits). The whole weight is never unpacked at once, so a
 model needs no more memory than its packed weights and one tile.
 """
 

@@ -42,6 +42,11 @@ def absmax(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return largest
 
 
+def divided(values: torch.Tensor, by: int) -> torch.Tensor:
+    """``values / by``, rounded once. On a GPU torch multiplies by the inverse of a number, which rounds twice."""
+    return values / torch.full((), by, dtype=values.dtype, device=values.device)
+
+
 def divisor(scale: torch.Tensor) -> torch.Tensor:
     """`scale` [rows, groups] as float32 [rows, groups, 1], fit to divide by: 0 becomes infinity, so that
     every code of such a group is 0.
@@ -76,6 +81,6 @@ def asymmetric_grid(
 
     Zero is always on the grid: `low` is at most 0 and `high` at least 0.
     """
-    scale = scheme.store_scale((high - low) / (scheme.qmax - scheme.qmin))
+    scale = scheme.store_scale(divided(high - low, scheme.qmax - scheme.qmin))
     zero_point = torch.round(scheme.qmin - low / divisor(scale).squeeze(-1))
     return scale, zero_point.clamp_(scheme.qmin, scheme.qmax)

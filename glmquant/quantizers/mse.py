@@ -99,7 +99,7 @@ class LeastSquares:
 
         flat = values.view(-1, values.shape[-1])
         codes, scratch = torch.empty_like(flat), torch.empty_like(flat)
-        multipliers, last = search.inverses, search.first
+        multipliers, last = search.inverses.to(flat.device), search.first
         quality, scale = judge(flat, multipliers[0], codes, scratch)
         winner = torch.zeros_like(quality, dtype=torch.int32)
         for index in range(1, last):
@@ -146,7 +146,7 @@ class LeastSquares:
         codes, products = torch.empty_like(values), torch.empty_like(values)
         quality = torch.full_like(low, -1.0, dtype=torch.float64)
         scale = torch.zeros_like(quality)
-        for inverse in search.inverses:
+        for inverse in search.inverses.to(values.device):
             torch.mul(values, inverse, out=codes).round_()
             torch.minimum(codes, above, out=codes)
             torch.maximum(codes, below, out=codes)

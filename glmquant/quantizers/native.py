@@ -1,4 +1,4 @@
-"""The quantizers' compiled twin (``kernels/cpu/quantize.cpp``): the same bytes in one pass."""
+"""The quantizers' compiled twins: the same bytes in one pass (``kernels/cpu/quantize.cpp``), or on a GPU (`cuda`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from .. import _native
 from ..scheme import QuantizedTensor, Scheme
+from . import cuda
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -48,6 +49,8 @@ def quantize(
 
     None where there is no kernel, or where the torch code has an error to report.
     """
+    if weight.device.type == "cuda":
+        return cuda.quantize(weight, scheme, method, search)
     library = _native.library()
     if library is None or weight.device.type != "cpu" or not weight.is_contiguous() or not weight.numel():
         return None
@@ -68,6 +71,8 @@ def quantize(
 
 def squared_sums(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[float, float] | None:
     """``||w - w'||**2`` and ``||w||**2`` of `weight` [rows, columns]; None where there is no kernel."""
+    if weight.device.type == "cuda":
+        return cuda.squared_sums(weight, quantized)
     library = _native.library()
     if library is None or not weight.is_contiguous() or not weight.numel():
         return None

@@ -8,7 +8,7 @@ import torch
 
 from ..scheme import QuantizedTensor, Scheme
 from . import native
-from .grid import absmax, asymmetric_grid, group_view, round_to_codes
+from .grid import absmax, asymmetric_grid, divided, group_view, round_to_codes
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RoundToNearest:
         largest = absmax(weight, scheme)  # refuses NaN and Inf in both cases
         exact = weight.float()
         if scheme.symmetric:
-            scale = scheme.store_scale(largest / scheme.qmax)
+            scale = scheme.store_scale(divided(largest, scheme.qmax))
             return QuantizedTensor(round_to_codes(exact, scale, None, scheme), scale, None, scheme)
         grouped = group_view(exact, scheme)
         low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)

@@ -15,7 +15,7 @@ import torch
 from ..errors import QuantizationError
 from ..scheme import QuantizedTensor, Scheme
 from . import native
-from .grid import absmax, divisor, group_view
+from .grid import absmax, divided, divisor, group_view
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Thudm:
             largest = half.abs().amax().item()
             if largest == float("inf"):
                 raise QuantizationError("it holds values beyond the range of half precision")
-        scale = scheme.store_scale(absmax(half, scheme) / scheme.qmax)
+        scale = scheme.store_scale(divided(absmax(half, scheme), scheme.qmax))
         codes = torch.div(group_view(half.float(), scheme), divisor(scale)).to(torch.float16)
         codes = codes.float().round_().clamp_(scheme.qmin, scheme.qmax)
         return QuantizedTensor(codes.to(torch.int8).view(weight.shape), scale, None, scheme)

@@ -245,12 +245,14 @@ extern "C" int glmquant_quantize(const void* weight, int dtype, int64_t rows, in
     return kDone;
 }
 
-// Adds ||w - w'||**2 and ||w||**2 to sums[0] and sums[1]: float32 over 128 weights at most, float64 from there on.
+// Adds ||w - w'||**2 and ||w||**2 to sums[0] and sums[1]: squares in float32, their sums in float64. So what the order
+// of summation changes lies far below the digits that a report shows, and every device reports the same.
 extern "C" void glmquant_errors(const void* weight, int dtype, int64_t rows, int64_t columns, int64_t width,
                                 const int8_t* codes, const void* scale, int scale_dtype, const int8_t* zero,
                                 double* sums) {
-    constexpr int64_t kMost = 128;
-    float wide[kMost];
+    constexpr int64_t kMost = 128, kSums = 16;
+    float wide[kMost], off[kMost];
+    double error[kSums] = {}, norm[kSums] = {};
     for (int64_t at = 0; at < rows * columns / width; at++) {
         float step;
         widen(scale, scale_dtype, at, 1, &step);
@@ -258,20 +260,21 @@ extern "C" void glmquant_errors(const void* weight, int dtype, int64_t rows, int
         for (int64_t start = at * width; start < (at + 1) * width; start += kMost) {
             int64_t count = (at + 1) * width - start < kMost ? (at + 1) * width - start : kMost;
             widen(weight, dtype, start, count, wide);
-            float off[kMost];
 #pragma omp simd
             for (int64_t i = 0; i < count; i++)
                 off[i] = (float(codes[start + i]) - zero_point) * step - wide[i];
-            float error = 0.0f, norm = 0.0f;
-#pragma omp simd reduction(+ : error, norm)
-            for (int64_t i = 0; i < count; i++) {
-                error += off[i] * off[i];
-                norm += wide[i] * wide[i];
+            int64_t filled = (count + kSums - 1) / kSums * kSums;
+            for (int64_t i = count; i < filled; i++) off[i] = wide[i] = 0.0f;
+            for (int64_t i = 0; i < filled; i += kSums) {
+#pragma omp simd
+                for (int64_t j = 0; j < kSums; j++) {
+                    error[j] += double(off[i + j] * off[i + j]);
+                    norm[j] += double(wide[i + j] * wide[i + j]);
+                }
             }
-            sums[0] += error;
-            sums[1] += norm;
         }
     }
+    for (int64_t j = 0; j < kSums; j++) sums[0] += error[j], sums[1] += norm[j];
 }
 
 // ---- Two 4-bit codes to a byte; see glmquant/packing.py for the layouts. A pair of int8 codes is one 16-bit word

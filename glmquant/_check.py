@@ -1,0 +1,186 @@
+"""Whether a checkpoint stays within limits, predicted from its headers or measured by running it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+from . import hub
+from ._open import PathLike
+from .checkpoint.files import read_json
+from .checkpoint.output import REPORT
+from .checkpoint.source import open_folder
+from .errors import GlmquantError, UsageError
+from .memory import Memory, Model, Workload, check_context, estimate, longest_context
+from .recipe import show_size
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One limit and what was found: `found` bytes may be at most `limit`."""
+
+    name: str
+    found: int
+    limit: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether it holds."""
+        return self.found <= self.limit
+
+    def __str__(self) -> str:
+        verb = "is within" if self.ok else "exceeds"
+        return f"{show_size(self.found)} {verb} {show_size(self.limit)}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found.
+
+    Attributes:
+        gates: the limits, in the order of the command line.
+        memory: the prediction.
+        workload: what it is for.
+        longest: longest context within the memory limit.
+        device: ``cuda`` or ``cpu``.
+        measured: figures of a run, in bytes; None without one.
+    """
+
+    gates: tuple[Gate, ...]
+    memory: Memory
+    workload: Workload
+    longest: int
+    device: str
+    measured: dict[str, int] | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether all limits hold."""
+        return all(gate.ok for gate in self.gates)
+
+    @property
+    def prediction_error(self) -> dict[str, float]:
+        """Predicted / measured - 1 by figure."""
+        predicted = {"allocated": self.memory.allocated, "process": self.memory.peak}
+        found = self.measured or {}
+        return {name: round(predicted[name] / found[name] - 1, 4) for name in predicted if found.get(name)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "ok": self.ok,
+            "device": self.device,
+            "context": self.workload.context,
+            "batch": self.workload.batch,
+            "gates": [{"name": g.name, "found": g.found, "limit": g.limit, "ok": g.ok} for g in self.gates],
+            "predicted": self.memory.to_json(),
+            "longest_context": self.longest,
+            "measured": self.measured,
+            "prediction_error": self.prediction_error,
+        }
+
+    def to_junit(self, name: str) -> bytes:
+        """A JUnit report: one test case for each limit, of a suite called `name`."""
+        failures = sum(not gate.ok for gate in self.gates)
+        suite = ElementTree.Element(
+            "testsuite", name=name, tests=str(len(self.gates)), failures=str(failures), errors="0"
+        )
+        for gate in self.gates:
+            case = ElementTree.SubElement(suite, "testcase", classname="glmquant.check", name=gate.name)
+            if not gate.ok:
+                ElementTree.SubElement(case, "failure", message=f"{gate.name}: {gate}")
+        written: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+        return written + b"\n"
+
+
+def check(
+    out: PathLike,
+    *,
+    memory_limit: int | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    max_file_size: int | None = None,
+    device: Literal["cuda", "cpu"] = "cuda",
+    measure: bool = False,
+) -> Check:
+    """Hold the checkpoint `out` against limits.
+
+    What is not given is taken from the budget that ``convert --fit`` recorded in its report.
+
+    Args:
+        out: the folder.
+        memory_limit: bytes that the process may take at its peak, loading included.
+        context: tokens of prompt and answer.
+        batch: sequences at a time.
+        max_file_size: bytes of the largest weight file.
+        device: where it is to run.
+        measure: load and run it in a process of its own, and gate on what that takes.
+
+    Raises:
+        SourceError: it is no whole checkpoint of a known family.
+        UsageError: no limit, a context beyond the model's, or nothing to measure on.
+    """
+    folder = hub.resolve(out).folder
+    source = open_folder(folder)
+    model = Model.of_checkpoint(source)
+    recorded = _recorded_fit(folder / REPORT)
+    limit = memory_limit or recorded.get("budget")
+    if limit is None and max_file_size is None:
+        raise UsageError("there is nothing to check against; give --vram SIZE (or --max-file-size SIZE).")
+    context = context or recorded.get("context") or min(2048, model.dims.context)
+    workload = Workload(context, batch or recorded.get("batch") or 1)
+    check_context(model, workload.context)
+    memory = estimate(model, workload, "glmquant", device)
+    measured = _run(str(folder), workload, device) if measure else None
+    gates = []
+    if limit is not None:
+        found = memory.peak if measured is None else measured["process"]
+        how = "predicted" if measured is None else "measured"
+        gates.append(Gate(f"{'memory' if device == 'cpu' else 'VRAM'}, {how}", found, limit))
+    if max_file_size is not None:
+        largest = max(path.stat().st_size for path in source.files)
+        gates.append(Gate("largest file", largest, max_file_size))
+    longest = longest_context(model, workload, limit, "glmquant", device) if limit else model.dims.context
+    return Check(tuple(gates), memory, workload, longest, device, measured)
+
+
+def _recorded_fit(report: Any) -> dict[str, int]:
+    """Budget, context and batch of ``convert --fit``; empty if there was none."""
+    if not report.exists():
+        return {}
+    recipe = read_json(report).get("recipe")
+    fit = recipe.get("fit") if isinstance(recipe, dict) else None
+    found = fit if isinstance(fit, dict) else {}
+    return {
+        key: found[key]
+        for key in ("budget", "context", "batch")
+        if type(found.get(key)) is int and found[key] > 0
+    }
+
+
+def _run(folder: str, workload: Workload, device: str) -> dict[str, int]:
+    """Load and run the checkpoint in a fresh process; see `glmquant._measured_run`."""
+    command = [sys.executable, "-m", "glmquant._measured_run", folder, device]
+    command += [str(workload.context), str(workload.batch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        found: dict[str, int] = json.loads(lines[-1])
+        return found
+    if done.returncode == GlmquantError.exit_status and lines:
+        raise UsageError(lines[-1])
+    reason = (done.stderr.strip().splitlines() or [f"it was ended by signal {-done.returncode}"])[-1]
+    raise NotMeasuredError(
+        f"the model in {folder} could not be run with {workload.batch} x {workload.context} tokens on {device} "
+        f"({reason[:200].rstrip('.')})."
+    )
+
+
+class NotMeasuredError(GlmquantError):
+    """The measured process failed, which most often is a lack of memory."""
+
+    exit_status = 1

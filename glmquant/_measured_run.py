@@ -1,0 +1,83 @@
+"""Load a checkpoint, compute a prompt and a few tokens, and print what memory that took: one line of JSON.
+
+``python -m glmquant._measured_run FOLDER cpu|cuda CONTEXT BATCH``, in a process of its own, because peaks are those
+of a process. The prompt and the answer fill the context; every sequence has the same length, and no padding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+_NEW_TOKENS = 8
+
+
+def main(folder: str, device: str, context: int, batch: int) -> int:
+    """See the module; returns the exit status."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        print("there is no GPU that torch can use here; measure with --device cpu, or leave out --measure.")
+        return 2
+    from .models.loading import load
+
+    model = load(folder, device=device)
+    loaded = _process_peak(device)
+    new = min(_NEW_TOKENS, context - 1)
+    ids = torch.full((batch, max(1, context - new)), 5, device=device)
+    if model.config.model_type == "chatglm":  # whose prompt ends in [gMASK] <sop>
+        ids[:, -2:] = torch.tensor([model.config.gmask_token_id, model.config.bos_token_id])
+    with torch.inference_mode():
+        if new:
+            model.generate(ids, max_new_tokens=new, min_new_tokens=new, max_length=None, do_sample=False)
+        else:
+            model(ids)
+    found = {"process": _process_peak(device), "process_loaded": loaded}
+    if device == "cuda":
+        found["allocated"] = torch.cuda.max_memory_allocated()
+        found["reserved"] = torch.cuda.max_memory_reserved()
+    print(json.dumps(found))
+    return 0
+
+
+def _process_peak(device: str) -> int:
+    """Bytes that this process holds: its peak resident memory, or what NVML says it has on the GPU.
+
+    NVML tells no peak; torch keeps what it has once reserved, so that the figure after a run is one.
+    """
+    if device == "cpu":
+        status = Path("/proc/self/status")
+        if status.exists():
+            match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+            assert match is not None
+            return int(match[1]) * 1024
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    import torch
+
+    try:
+        import pynvml
+    except ImportError:
+        # Of the whole device: right where nothing else uses it.
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free)
+    pynvml.nvmlInit()
+    handle: Any = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    mine = (
+        p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()
+    )
+    used: Any = next(mine, None)
+    if used is None:  # another pid name space, as in a container
+        free, total = torch.cuda.mem_get_info()
+        used = total - free
+    return int(used)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -1,0 +1,95 @@
+"""``glmquant recipes``: every recipe for a source, and what it would take."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from ._terminal import print_table
+from .recipe import parse_size, show_size
+
+_RUNTIMES = ("glmquant", "transformers", "vllm", "llama.cpp")
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--context", default=8192, show_default=True, metavar="N", help="Tokens of prompt and answer.")
+@click.option("--batch", default=1, show_default=True, metavar="N", help="Sequences at a time.")
+@click.option("--vram", metavar="SIZE", help="What there is, such as 6GiB: says what fits, and how far.")
+@click.option("--runtime", type=click.Choice(_RUNTIMES), help="Default: glmquant; with --tp, vllm.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option(
+    "--tp", type=click.IntRange(1), default=1, metavar="N", help="GPUs that share the model (vLLM)."
+)
+@click.option("--quantize-head", is_flag=True, help="With the output head in 8 bit.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+def recipes(
+    ref: str,
+    context: int,
+    batch: int,
+    vram: str | None,
+    runtime: str | None,
+    device: Any,
+    tp: int,
+    quantize_head: bool,
+    as_json: bool,
+) -> None:
+    """List every recipe for the checkpoint REF and the memory it needs.
+
+    \b
+    glmquant recipes chatglm3-6b --context 8192 --vram 6GiB
+    glmquant recipes chatglm3-6b --context 2048 --batch 4 --device cpu
+    glmquant recipes glm-4-9b-chat --runtime vllm --tp 4
+
+    Reads config.json and headers only. File sizes are exact; the error of a recipe is shown once it was measured.
+    """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
+    from ._recipes import recipes as run
+    from .memory import Workload
+
+    budget = None if vram is None else parse_size(vram)
+    runtime = runtime or ("vllm" if tp > 1 else "glmquant")
+    found = run(
+        ref, Workload(context, batch), budget=budget, runtime=runtime, device=device, tp=tp, quantize_head=quantize_head
+    )  # fmt: skip
+    if as_json:
+        asked = {
+            "context": context,
+            "batch": batch,
+            "vram": budget,
+            "runtime": runtime,
+            "device": device,
+            "tp": tp,
+        }
+        return click.echo(json.dumps({**asked, "recipes": [row.to_json() for row in found]}, indent=2))
+    memory_name = "RAM" if device == "cpu" else "VRAM"
+    head: tuple[str, ...] = ("recipe", "files", "bits", "error", "loading", memory_name)
+    head += ("fits", "longest context") if budget else ()
+    rows: list[tuple[str, ...]] = []
+    for row in found:
+        error = f"{row.error:.4f}" if row.error is not None else "-"
+        cells: tuple[str, ...] = (row.name, show_size(row.file_bytes), f"{row.bits_per_weight:.2f}", error)
+        if row.memory is None:
+            cells += ("-", "-")
+        else:
+            cells += (show_size(row.memory.load_peak), show_size(row.memory.process))
+        if budget:
+            cells += ("-" if row.fits is None else "yes" if row.fits else "no",)
+            cells += (f"{row.longest or '-'}",)
+        rows.append(cells)
+    share = f" on each of {tp} GPUs" if tp > 1 else ""
+    within = f", within {show_size(budget)}" if budget else ""
+    click.echo(
+        f"{runtime}, {batch} x {context} tokens{share}{within}; bits per weight are those of the files"
+    )
+    print_table(head, rows)
+    notes = {f"{row.name}: {row.why}" for row in found if row.why}
+    for memory in (row.memory for row in found if row.memory):
+        if memory.note:
+            notes.add(memory.note)
+        if memory.approximate:
+            notes.add(f"figures for {runtime} are approximate")
+    for note in sorted(notes):
+        click.echo(f"note: {note}.")
+    return None

@@ -1,0 +1,373 @@
+"""How much memory a checkpoint takes when it runs, term by term, from its config and headers alone.
+
+`Model` is what matters of a checkpoint (or of a plan for one), `Workload` what is asked of it, and `estimate` gives
+the terms. Two totals matter: `Memory.allocated` is what torch's allocator would report at its peak, `Memory.process`
+adds what the process itself takes, and is what has to fit.
+
+Weights and caches are arithmetic and exact. The activations are those tensors that are alive at the widest point of
+a forward pass (`glmquant.memory_activations`). The fixed sizes of a process are measured figures, and say where.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from . import families, formats
+from .checkpoint.source import ITEM_SIZES, TensorSource
+from .errors import SourceError, UsageError
+from .families import Dims, Role
+from .memory_activations import Shape, decode_bytes, prefill_bytes
+from .plan import Plan
+from .scheme import Scheme
+
+Cache = Literal["dynamic", "static"]
+Runtime = Literal["glmquant", "transformers", "vllm", "llama.cpp"]
+RUNTIMES: tuple[str, ...] = get_args(Runtime)
+
+_MIB = 1 << 20
+# Resident memory of a Python process on a CPU that has run a model, less the model: interpreter, torch, transformers
+# and their pages. Measured with torch 2.13 (CPU build), transformers 5.23, Python 3.11 on Linux.
+_CPU_PROCESS = 362 * _MIB
+# Of the cache and the activations: what glibc's malloc holds beyond what is in use. Measured, 0.2 to 0.35; it comes
+# from caches that grow by a token at a time.
+_CPU_SLACK = 0.30
+# A CUDA context with torch's and cuBLAS' modules and workspaces, and what the caching allocator reserves beyond what
+# is in use, of the cache and the activations. Typical figures; not measured by this project yet.
+_CUDA_PROCESS = 512 * _MIB
+_CUDA_SLACK = 0.10
+# Row blocks of a weight that is being loaded: codes, their temporaries and a block in 16 bit; see models/loading.py.
+_LOAD_BLOCKS = 8 * _MIB
+_VLLM_BLOCK, _VLLM_TOKENS, _VLLM_SEQUENCES = 16, 8192, 256  # vLLM's defaults: cache block, chunk, sequences
+_LLAMA_TOKENS = 512  # llama.cpp's n_ubatch
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor of a model in memory: `scheme` is None for one that is not quantized."""
+
+    role: Role
+    shape: tuple[int, ...]
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a checkpoint decides its memory.
+
+    Attributes:
+        family: key of its family.
+        dims: sizes of the model.
+        dtype: what it computes in, as safetensors spells it.
+        held: its tensors, buffers and tied heads left out.
+        file_bytes: its weight files.
+    """
+
+    family: str
+    dims: Dims
+    dtype: str
+    held: tuple[Held, ...]
+    file_bytes: int
+
+    @classmethod
+    def of_plan(cls, plan: Plan, dtype: str) -> Model:
+        """The model that a plan would write; `dtype` is `families.stated_dtype` of its source."""
+        items = ((item.role, item.shape, item.scheme) for item in plan.items)
+        return cls(plan.family, plan.dims, dtype, _held(items, plan.dims), plan.nbytes)
+
+    @classmethod
+    def of_checkpoint(cls, source: TensorSource) -> Model:
+        """The model in a folder, from its headers.
+
+        Raises:
+            SourceError: it is no whole model of a known family.
+        """
+        family = families.detect(source.config)
+        dims = family.dims(source.config)
+        stored_as = formats.detect(source.config)
+        quantized = {w.name: w.scheme for w in stored_as.quantized(source.config, family, dims)}
+        stored, items, missing = source.infos(), [], []
+        for tensor in family.in_layout(dims, family.layout_of(source.config)):
+            scheme = quantized.get(tensor.name)
+            if scheme is not None:
+                shape = (tensor.shape[0], tensor.shape[1])
+                parts = [t.name for t in stored_as.outputs(tensor.name, shape, scheme)]
+            else:
+                parts = [tensor.name]
+            lacking = [name for name in parts if name not in stored]
+            if not lacking:
+                items.append((tensor.role, tensor.shape, scheme))
+            elif not tensor.optional:
+                missing += lacking
+        if missing:
+            raise SourceError(
+                f"{source.folder} is not a whole {family.name} model: it lacks {missing[0]}; download it again."
+            )
+        size = sum(path.stat().st_size for path in source.files)
+        return cls(family.name, dims, families.stated_dtype(source.config), _held(items, dims), size)
+
+    @cached_property
+    def weights(self) -> int:
+        """How many weights there are, quantized ones counted once."""
+        return sum(math.prod(held.shape) for held in self.held)
+
+
+def _held(items: Iterable[tuple[Role, tuple[int, ...], Scheme | None]], dims: Dims) -> tuple[Held, ...]:
+    unused = {Role.BUFFER, Role.HEAD} if dims.tied_head else {Role.BUFFER}
+    return tuple(Held(*item) for item in items if item[0] not in unused)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a model is asked to do.
+
+    Args:
+        context: tokens of prompt and answer together, of each sequence.
+        batch: sequences at a time, all of the same length: padding would add a mask.
+        cache: ``dynamic`` grows by concatenation (transformers' default), ``static`` has its full size at once.
+        chunk: tokens of the prompt that are computed at once; None is all of them.
+
+    Raises:
+        UsageError: a number that is not positive.
+    """
+
+    context: int
+    batch: int = 1
+    cache: Cache = "dynamic"
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value} makes no sense; use 1 or more.")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by term.
+
+    Attributes:
+        weights: packed codes of quantized weights.
+        scales: their scales and zero points.
+        rest: what is not quantized: embeddings, head, norms, biases.
+        cache: keys and values of all tokens.
+        activations: what a forward pass holds at its widest point, the growing of a dynamic cache included.
+        workspace: unpacked weights of the linear layer at that point.
+        process_base: the process without a model: a CUDA context, or interpreter and libraries on a CPU.
+        slack: what allocators hold beyond what is in use.
+        load_peak: most of `process` while loading.
+        approximate: the figures are rules of thumb about a program that is not ours.
+        note: what to know about the runtime; empty if nothing.
+    """
+
+    weights: int
+    scales: int
+    rest: int
+    cache: int
+    activations: int
+    workspace: int
+    process_base: int
+    slack: int
+    load_peak: int
+    approximate: bool = False
+    note: str = ""
+
+    @property
+    def resident(self) -> int:
+        """The model itself."""
+        return self.weights + self.scales + self.rest
+
+    @property
+    def allocated(self) -> int:
+        """Peak of what torch's allocator gives out."""
+        return self.resident + self.cache + self.activations + self.workspace
+
+    @property
+    def process(self) -> int:
+        """Peak of the whole process while it runs."""
+        return self.allocated + self.process_base + self.slack
+
+    @property
+    def peak(self) -> int:
+        """What has to fit: running or loading, whichever takes more."""
+        return max(self.process, self.load_peak)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        totals = {"allocated": self.allocated, "process": self.process, "peak": self.peak}
+        return {**asdict(self), **totals}
+
+
+def cache_bytes(dims: Dims, workload: Workload, dtype: str) -> int:
+    """Keys and values: 2 * layers * KV heads * head size * context * batch * bytes.
+
+    In ChatGLM-6B every head has keys and values of its own.
+    """
+    per_token = 2 * dims.layers * dims.kv_heads * dims.head_dim * ITEM_SIZES[dtype]
+    return per_token * workload.context * workload.batch
+
+
+def estimate(
+    model: Model,
+    workload: Workload,
+    runtime: str = "glmquant",
+    device: Literal["cuda", "cpu"] = "cuda",
+    tp: int = 1,
+) -> Memory:
+    """The memory of `model` under `workload`.
+
+    Args:
+        model: see `Model`.
+        workload: see `Workload`.
+        runtime: ``glmquant`` (`glmquant.load`), ``transformers`` without it, or roughly, ``vllm`` and ``llama.cpp``.
+        device: the one the model runs on.
+        tp: GPUs that share it (vLLM); figures are for one of them.
+
+    Raises:
+        UsageError: no such runtime, or one that cannot be split.
+    """
+    if runtime not in RUNTIMES:
+        raise UsageError(f"runtime {runtime!r} is not known; use {', '.join(RUNTIMES)}.")
+    if tp < 1 or (tp > 1 and runtime != "vllm"):
+        raise UsageError(f"--tp {tp} needs --runtime vllm; the other runtimes use one GPU.")
+    if runtime == "vllm":
+        return _vllm(model, workload, tp)
+    if runtime == "llama.cpp":
+        return _llama(model, workload)
+    note = ""
+    if runtime == "transformers" and any(held.scheme for held in model.held):
+        model = replace(model, held=tuple(replace(held, scheme=None) for held in model.held))
+        note = "plain transformers unpacks quantized weights to 16 bit before it runs, so they save no memory there"
+    weights, scales, rest = _resident(model)
+    cache = cache_bytes(model.dims, workload, model.dtype)
+    activations, workspace = _activations(model, workload, device)
+    base, slack = (_CPU_PROCESS, _CPU_SLACK) if device == "cpu" else (_CUDA_PROCESS, _CUDA_SLACK)
+    # On a CPU the pages of the layer that is being copied are resident too.
+    pages = _largest_stage(model) if device == "cpu" else 0
+    return Memory(
+        weights, scales, rest, cache, activations, workspace,
+        process_base=base,
+        slack=int(slack * (cache + activations + workspace)),
+        load_peak=base + weights + scales + rest + pages + _LOAD_BLOCKS,
+        note=note,
+    )  # fmt: skip
+
+
+def longest_context(
+    model: Model,
+    workload: Workload,
+    budget: int,
+    runtime: str = "glmquant",
+    device: Literal["cuda", "cpu"] = "cuda",
+    tp: int = 1,
+) -> int:
+    """The longest context, up to the model's own, whose peak is at most `budget` bytes; 0 if there is none.
+
+    Memory grows with the context, so halving the interval finds it.
+    """
+
+    def fits(context: int) -> bool:
+        return estimate(model, replace(workload, context=context), runtime, device, tp).peak <= budget
+
+    low, high = 0, model.dims.context
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def check_context(model: Model, context: int) -> None:
+    """Refuse a context that the model was not made for.
+
+    Raises:
+        UsageError: it is longer than config.json allows.
+    """
+    if context > model.dims.context:
+        raise UsageError(
+            f"--context {context} is beyond the {model.dims.context} tokens this model was made for; "
+            "use a smaller one."
+        )
+
+
+def held_bytes(held: Held, dtype: str) -> tuple[int, int, int]:
+    """Packed codes, scales with zero points, and unquantized bytes of a tensor in a model that computes in `dtype`.
+
+    Packed as `glmquant.models.quantized` holds it: words of 32 bits, scales as stored, zero points of one byte.
+    """
+    if held.scheme is None:
+        return 0, 0, math.prod(held.shape) * ITEM_SIZES[dtype]
+    rows, columns = held.shape
+    words = rows * -(-columns * held.scheme.bits // 32)
+    scale = 4 if held.scheme.scale_dtype == "float32" else 2
+    return 4 * words, rows * held.scheme.groups(columns) * (scale + (not held.scheme.symmetric)), 0
+
+
+def _resident(model: Model) -> tuple[int, int, int]:
+    each = [held_bytes(held, model.dtype) for held in model.held]
+    weights, scales, rest = zip(*each, strict=True)
+    return sum(weights), sum(scales), sum(rest)
+
+
+def _activations(model: Model, workload: Workload, device: Literal["cuda", "cpu"]) -> tuple[int, int]:
+    chunk = min(workload.chunk or workload.context, workload.context)
+    packed = {held.role: held.scheme for held in model.held if held.scheme is not None}
+    shape = Shape(
+        model.dims,
+        first=model.family == "chatglm",
+        item=ITEM_SIZES[model.dtype],
+        half=model.dtype == "F16",
+        batch=workload.batch,
+        context=workload.context,
+        device=device,
+        packed=Role.LINEAR in packed,
+        packed_head=Role.HEAD in packed,
+        grows=workload.cache == "dynamic",
+    )
+    return max(prefill_bytes(shape, chunk), decode_bytes(shape), key=sum)
+
+
+def _largest_stage(model: Model) -> int:
+    """Bytes of the file that are mapped at a time while loading: those of an embedding, or of a layer."""
+    ends = [sum(held_bytes(h, model.dtype)) for h in model.held if h.role in (Role.EMBEDDING, Role.HEAD)]
+    layers = sum(_resident(model)) - sum(ends)
+    return max(*ends, layers // model.dims.layers)
+
+
+def _vllm(model: Model, workload: Workload, tp: int) -> Memory:
+    """vLLM, roughly: cache in blocks of 16 tokens, activations of a chunk of at most 8192 tokens, CUDA graphs.
+
+    It then reserves what is left below its ``gpu_memory_utilization`` for more cache.
+    """
+    dims = model.dims
+    weights, scales, rest = (n // tp for n in _resident(model))
+    tokens = -(-workload.context // _VLLM_BLOCK) * _VLLM_BLOCK
+    cache = cache_bytes(dims, replace(workload, context=tokens), model.dtype) // min(tp, dims.kv_heads)
+    item = ITEM_SIZES[model.dtype]
+    chunk = min(_VLLM_TOKENS, workload.context * workload.batch)
+    logits = _VLLM_SEQUENCES * dims.vocab * (item + 4) // tp
+    activations = max(chunk * item * (3 * dims.hidden + 3 * dims.ffn // tp), logits)
+    base = _CUDA_PROCESS + 512 * _MIB  # and captured CUDA graphs
+    return Memory(
+        weights, scales, rest, cache, activations, 0, base, 0,
+        load_peak=base + weights + scales + rest + _largest_stage(model),
+        approximate=True, note="vLLM also reserves what is left of its --gpu-memory-utilization for more cache",
+    )  # fmt: skip
+
+
+def _llama(model: Model, workload: Workload) -> Memory:
+    """llama.cpp, roughly: the file, a half cache, and the buffers of a batch of 512 tokens (logits in float32)."""
+    dims = model.dims
+    weights, scales, rest = _resident(model)
+    tokens = min(_LLAMA_TOKENS, workload.context)
+    cache = cache_bytes(dims, replace(workload, context=-(-workload.context // 256) * 256), "F16")
+    activations = 4 * tokens * max(dims.vocab, 4 * dims.hidden + 3 * dims.ffn)
+    base = 300 * _MIB
+    return Memory(
+        weights, scales, rest, cache, activations, 0, base, 0,
+        load_peak=base + weights + scales + rest, approximate=True,
+        note="llama.cpp reads GGUF, which this version does not write; int4 g32 is as large as Q4_0, int8 g32 as Q8_0",
+    )  # fmt: skip

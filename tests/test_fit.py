@@ -1,0 +1,235 @@
+"""``convert --fit``: what is measured, what is chosen, and that it holds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from helpers_convert import config, small_source, stored_tensors, tensors, write_source
+from helpers_sources import CHATGLM, random_tensors, write_model
+
+import glmquant
+from glmquant import DoesNotFitError, Fit, Recipe, cli, convert, measure, verify
+from glmquant._fit import Option, fitted, spend
+from glmquant._open import open_source
+from glmquant.checkpoint.output import REPORT
+from glmquant.checkpoint.source import open_folder
+from glmquant.memory import Model, Workload, estimate
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_source(tmp_path_factory.mktemp("source") / "model", layers=3)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("GLMQUANT_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def run() -> Callable[..., Result]:
+    return lambda *args: CliRunner().invoke(cli.main, [str(arg) for arg in args])
+
+
+def peak_of(source: Path, recipe: Recipe) -> int:
+    plan = glmquant.plan_conversion(source, recipe)
+    return estimate(Model.of_plan(plan, "F16"), Workload(64)).peak
+
+
+def middle(source: Path) -> int:
+    """A budget between INT4 and 16 bit."""
+    return (peak_of(source, Recipe(group_size=128)) + peak_of(source, Recipe(bits=16))) // 2
+
+
+def test_damage_is_the_relative_output_error(tmp_path: Path) -> None:
+    made = config(layers=1)
+    weights = tensors(made)
+    norm = "transformer.encoder.layers.0.input_layernorm.weight"
+    weights[norm] = torch.linspace(0.1, 3, 128).half()
+    source = write_source(tmp_path / "model", weights, made)
+    unit = measure(source, "rtn").units[0]
+    weight = weights["transformer.encoder.layers.0.self_attention.query_key_value.weight"].double()
+    scale = (weight.view(-1, 4, 32).abs().amax(-1, keepdim=True) / 7).half().double()
+    rounded = ((weight.view(-1, 4, 32) / scale).round().clamp(-8, 7) * scale).view_as(weight)
+    x = torch.randn(20000, 128, dtype=torch.float64) * weights[norm].double()
+    expected = (x @ (weight - rounded).t()).square().sum() / (x @ weight.t()).square().sum()
+    assert unit.damage[4, 32] == pytest.approx(float(expected), rel=0.03)
+    assert unit.damage[8, 128] < unit.damage[4, 32] < unit.damage[4, 64] < unit.damage[4, "row"]
+
+
+def test_a_measurement_is_kept_until_the_source_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = small_source(tmp_path / "model")
+    first = measure(source)
+    monkeypatch.setattr("glmquant._sensitivity._measured", lambda *args: pytest.fail("measured again"))
+    assert measure(source) == first
+    (source / "model.safetensors").touch()
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        measure(source)
+
+
+def test_a_damaged_measurement_is_made_again(tmp_path: Path, cache: Path) -> None:
+    source = small_source(tmp_path / "model")
+    first = measure(source)
+    for path in (cache / "measured").iterdir():
+        path.write_text('{"units": [3')
+    assert measure(source) == first
+
+
+def test_the_knapsack_is_within_one_step_of_the_best() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        options = []
+        for _ in range(4):
+            sizes = sorted(torch.randint(1, 60, (4,), generator=generator).tolist())
+            damages = sorted(torch.rand(4, generator=generator).tolist(), reverse=True)
+            options.append(
+                [Option((4, n), b, d) for n, (b, d) in enumerate(zip(sizes, damages, strict=True))]
+            )
+        least = sum(o[0].nbytes for o in options)
+        spare = 50
+        taken, refused = spend(options, spare)
+        assert sum(step.nbytes for step in taken) <= spare
+        found = sum(o[0].damage for o in options) - sum(step.gain for step in taken)
+        every = itertools.product(*options)
+        best = min(sum(o.damage for o in c) for c in every if sum(o.nbytes for o in c) <= least + spare)
+        slack = max((step.gain for step in refused), default=0.0)
+        assert best - 1e-12 <= found <= best + slack + 1e-12
+
+
+def test_the_choice_stays_within_the_budget_and_improves_with_it(source: Path) -> None:
+    opened = open_source(source)
+    damage = []
+    for budget in range(peak_of(source, Recipe(group_size="row")), peak_of(source, Recipe(bits=16)), 60_000):
+        recipe = fitted(opened, Recipe(fit=Fit(budget, 64)))
+        assert recipe.fit is not None
+        assert peak_of(source, recipe) == recipe.fit.predicted <= budget
+        units = {unit.tensors: unit for unit in measure(source).units}
+        damage.append(
+            sum(
+                0.0 if c.bits == 16 else units[c.tensors].damage[c.bits, c.group_size]
+                for c in recipe.fit.choices
+            )  # type: ignore[index]
+        )
+    assert damage == sorted(damage, reverse=True)
+    assert damage[-1] < damage[0] / 10
+
+
+def test_mixed_bits_convert_load_verify_and_check(source: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "out"
+    result = run("convert", source, out, "--fit", f"{middle(source)}", "--context", "64")
+    assert result.exit_code == 0, result.output
+    assert "fits" in result.stdout
+    report = json.loads((out / REPORT).read_text())
+    choices = report["recipe"]["fit"]["choices"]
+    schemes = {(c["bits"], c["group_size"]) for c in choices}
+    assert len(schemes) > 1
+    assert all(choice["reason"] for choice in choices)
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.self_attn."
+        assert len({str(report["tensors"][f"{prefix}{p}_proj.weight"]["scheme"]) for p in "qkv"}) == 1
+    assert verify(out, source).ok
+    model = glmquant.load(out, device="cpu", dtype="float32")
+    reference = glmquant.load(source, device="cpu", dtype="float32")
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        # Dequantized weights in plain layers give the same logits.
+        from glmquant.models.quantized import QuantizedLinear
+
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                reference.get_submodule(name).weight.copy_(layer.dequantize())
+        assert torch.allclose(model(ids).logits, reference(ids).logits, atol=1e-4)
+    checked = run("check", out)
+    assert checked.exit_code == 0, checked.output
+    assert run("check", out, "--vram", report["recipe"]["fit"]["predicted"] - 1).exit_code == 1
+
+
+def test_mixed_bits_are_valid_compressed_tensors(source: Path, tmp_path: Path) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+    from transformers import AutoModelForCausalLM
+
+    budget = (
+        peak_of(source, Recipe(group_size=128)) + peak_of(source, Recipe(bits=8, group_size="row"))
+    ) // 2
+    out = convert(source, tmp_path / "out", Recipe(fit=Fit(budget, 64))).out
+    section = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert len(QuantizationConfig.model_validate(section).config_groups) > 1
+    stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ours = glmquant.load(out, device="cpu", dtype="float32")
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.allclose(stock(ids).logits, ours(ids).logits, atol=1e-3)
+
+
+def test_layers_may_stay_in_16_bit(source: Path, tmp_path: Path) -> None:
+    budget = peak_of(source, Recipe(bits=16)) - 20_000
+    out = convert(source, tmp_path / "out", Recipe(fit=Fit(budget, 64))).out
+    stored = stored_tensors(out)
+    plain = [n for n, t in stored.items() if n.endswith("_proj.weight") and t.dtype == torch.float16]
+    packed = [n for n in stored if n.endswith("weight_packed")]
+    assert plain
+    assert packed
+    assert {n.removesuffix(".weight") for n in plain} <= set(
+        json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    )
+    glmquant.load(out, device="cpu")
+    roomy = convert(source, tmp_path / "roomy", Recipe(fit=Fit(2**40, 64)))
+    assert (roomy.plan.recipe.bits, roomy.plan.recipe.format) == (16, "safetensors")
+    assert Model.of_checkpoint(open_folder(roomy.out)).weights > 0
+
+
+def test_a_budget_below_the_smallest(source: Path, tmp_path: Path, run: Any) -> None:
+    with pytest.raises(
+        DoesNotFitError, match=r"at the smallest, and the budget is 100\.00 MiB; raise the budget, or add"
+    ):
+        convert(source, tmp_path / "out", Recipe(fit=Fit(100 * MIB, 256)))
+    result = run("convert", source, tmp_path / "out", "--fit", "100MiB", "--context", "256")
+    assert result.exit_code == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--fit", "0GiB"], "must be positive"),
+        (["--fit", "-1GiB"], "not a size"),
+        (["--fit", "6GiB", "--bits", "4"], "leave out --bits"),
+        (["--fit", "6GiB", "--group-size", "32"], "leave out --group-size"),
+        (["--fit", "6GiB", "--asymmetric"], "--asymmetric"),
+        (["--fit", "6GiB", "--format", "cpm"], "--format compressed-tensors"),
+        (["--fit", "6GiB", "--context", "100000"], "beyond the 256 tokens"),
+        (["--context", "100"], "--fit"),
+    ],
+)
+def test_options_that_contradict(
+    source: Path, tmp_path: Path, run: Any, options: list[str], said: str
+) -> None:
+    result = run(
+        "convert",
+        source,
+        tmp_path / "out",
+        *options,
+        *([] if "--context" in options else ["--context", "64"]),
+    )
+    assert result.exit_code == 2
+    assert said in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_chatglm_6b_has_one_scheme_for_all_layers(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", CHATGLM, random_tensors(CHATGLM))
+    with pytest.raises(glmquant.UsageError, match="not for ChatGLM-6B"):
+        convert(source, tmp_path / "out", Recipe(fit=Fit(2**40, 64)))

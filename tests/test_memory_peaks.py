@@ -1,0 +1,92 @@
+"""Predicted peaks against what torch's allocator gave out and what the process held."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_sources import CHATGLM, CHATGLM2, random_tensors, write_model
+from torch.profiler import ProfilerActivity, profile
+
+import glmquant
+from glmquant import Recipe, convert
+from glmquant._check import check
+from glmquant.checkpoint.source import open_folder
+from glmquant.memory import Model, Workload, estimate
+
+LATER = {
+    **CHATGLM2, "hidden_size": 512, "ffn_hidden_size": 1792, "kv_channels": 128, "num_attention_heads": 4,
+    "padded_vocab_size": 4000, "seq_length": 4096, "torch_dtype": "float16",
+}  # fmt: skip
+WIDE_HEADS = {**LATER, "num_attention_heads": 10, "ffn_hidden_size": 640}
+FIRST = {
+    **CHATGLM, "hidden_size": 512, "inner_hidden_size": 2048, "vocab_size": 4000, "max_sequence_length": 2048,
+    "bos_token_id": 244, "eos_token_id": 245, "gmask_token_id": 241, "mask_token_id": 240, "pad_token_id": 3,
+}  # fmt: skip
+CONFIGS = {"later": LATER, "wide-heads": WIDE_HEADS, "first": FIRST}
+
+
+def folder_of(tmp_path: Path, kind: str, recipe: Recipe | None) -> Path:
+    config: dict[str, Any] = CONFIGS[kind]
+    tensors = random_tensors(config)
+    if kind == "first":
+        tensors["lm_head.weight"] = tensors["transformer.word_embeddings.weight"].clone()
+    source = write_model(tmp_path / "source", config, tensors)
+    if recipe is None:
+        return source
+    return convert(source, tmp_path / "out", recipe).out
+
+
+def allocated_peak(model: Any, ids: torch.Tensor, tmp_path: Path) -> int:
+    """Most bytes that the CPU allocator had given out while a prompt and a token were computed."""
+    options = {"max_length": None, "do_sample": False}
+    with torch.inference_mode():
+        model.generate(ids[:, -8:], max_new_tokens=2, min_new_tokens=2, **options)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            model.generate(ids, max_new_tokens=1, min_new_tokens=1, **options)
+    found.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    now = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        now += event["args"]["Bytes"]
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("recipe", [None, Recipe(method="rtn", group_size=32)], ids=["16-bit", "int4"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_activations_are_what_the_allocator_gave_out(
+    kind: str, recipe: Recipe | None, dtype: str, tmp_path: Path
+) -> None:
+    if kind == "first" and recipe is not None:
+        recipe = Recipe(method="rtn")
+    folder = folder_of(tmp_path, kind, recipe)
+    name = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[dtype]
+    model = glmquant.load(folder, device="cpu", dtype=name)
+    ids = torch.full((2, 512), 12)
+    if kind == "first":
+        ids[:, -2:] = torch.tensor([241, 244])
+    held = replace(Model.of_checkpoint(open_folder(folder)), dtype=dtype)
+    predicted = estimate(held, Workload(512, 2), device="cpu")
+    found = allocated_peak(model, ids, tmp_path)
+    assert predicted.allocated - predicted.resident == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [None, Recipe(method="rtn")], ids=["16-bit", "int4"])
+def test_resident_memory_of_a_fresh_process(recipe: Recipe | None, tmp_path: Path) -> None:
+    config = {
+        **CHATGLM2, "num_layers": 12, "hidden_size": 1024, "ffn_hidden_size": 3456, "kv_channels": 128,
+        "num_attention_heads": 8, "padded_vocab_size": 49152, "seq_length": 2048, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    folder = write_model(tmp_path / "source", config, random_tensors(config, torch.bfloat16))
+    if recipe is not None:
+        folder = convert(folder, tmp_path / "out", recipe).out
+    found = check(folder, memory_limit=2**40, context=1024, batch=2, device="cpu", measure=True)
+    assert found.ok
+    assert abs(found.prediction_error["process"]) < 0.05, found.to_json()

@@ -1,0 +1,155 @@
+"""``glmquant recipes`` and ``glmquant check`` on the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from helpers_convert import small_source
+
+from glmquant import Recipe, cli, convert
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_source(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def out(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(source, tmp_path_factory.mktemp("out") / "out", Recipe(method="rtn")).out
+
+
+@pytest.fixture
+def run() -> Run:
+    return lambda *args: CliRunner().invoke(cli.main, [str(arg) for arg in args])
+
+
+def test_recipes_state_what_convert_writes(run: Run, source: Path, tmp_path: Path) -> None:
+    result = run("recipes", source, "--context", "256", "--vram", "6GB", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert found["vram"] == 6 * 10**9
+    rows = found["recipes"]
+    assert [row["file_bytes"] for row in rows] == sorted(row["file_bytes"] for row in rows)
+    assert len(rows) == 15
+    for number, row in enumerate(rows):
+        recipe = {key: row["recipe"][key] for key in ("bits", "group_size", "symmetric", "format")}
+        written = convert(source, tmp_path / str(number), Recipe(**recipe)).out
+        assert row["file_bytes"] == sum(path.stat().st_size for path in written.glob("*.safetensors"))
+        assert (row["fits"], row["longest_context"]) == (True, 256)
+
+
+def test_recipes_table(run: Run, source: Path) -> None:
+    result = run("recipes", source, "--context", "256", "--vram", "1GiB", "--runtime", "transformers")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^compressed-tensors int4 g32 asym +\d\.\d\d MiB +\d+\.\d\d +-", result.stdout, re.M)
+    assert "note: cpm int4 row: transformers does not read THUDM's format." in result.stdout
+    assert "note: plain transformers unpacks" in result.stdout
+
+
+def test_recipes_say_which_groups_sharded_widths_admit(run: Run, source: Path) -> None:
+    result = run("recipes", source, "--context", "256", "--tp", "2")
+    assert result.exit_code == 0, result.output
+    assert "group 128 does not divide 128 / 2 columns; groups that do: 32, 64." in result.stdout
+    assert "note: figures for vllm are approximate." in result.stdout
+    assert (
+        "--runtime vllm"
+        in run("recipes", source, "--context", "256", "--tp", "2", "--runtime", "glmquant").stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--context", "0"], "--context 0 makes no sense"),
+        (["--batch", "-1", "--context", "64"], "--batch -1 makes no sense"),
+        (["--context", "257"], "beyond the 256 tokens"),
+        (["--context", "64", "--vram", "0GB"], "must be positive"),
+        (["--context", "64", "--vram", "six"], "not a size"),
+    ],
+)
+def test_recipes_refuse(run: Run, source: Path, options: list[str], said: str) -> None:
+    result = run("recipes", source, *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+
+
+def test_check_is_a_gate(run: Run, out: Path, tmp_path: Path) -> None:
+    junit = tmp_path / "check.xml"
+    options = ["check", out, "--context", "128", "--max-file-size", "1MB", "--junit", junit]
+    good, bad = run(*options, "--vram", "2GiB"), run(*options, "--vram", "2MiB")
+    assert good.exit_code == 0, good.output
+    assert "ok: VRAM, predicted:" in good.stdout
+    assert bad.exit_code == 1
+    assert "FAILED: VRAM, predicted:" in bad.stdout
+    suite = ElementTree.parse(junit).getroot()
+    assert suite.attrib["tests"] == "2"
+    assert [len(case) for case in suite] == [1, 0]
+    shown = json.loads(run(*options, "--vram", "2MiB", "--json").stdout)
+    assert (shown["ok"], [gate["ok"] for gate in shown["gates"]]) == (False, [False, True])
+    terms = shown["predicted"]
+    assert terms["allocated"] == sum(
+        terms[key] for key in ("weights", "scales", "rest", "cache", "activations", "workspace")
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "give --vram"),
+        (["--vram", "-2GB"], "not a size"),
+        (["--vram", "0GB"], "must be positive"),
+        (["--vram", "2GB", "--context", "1000"], "beyond the 256 tokens"),
+    ],
+)
+def test_check_refuses(run: Run, out: Path, options: list[str], said: str) -> None:
+    result = run("check", out, *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_measuring_without_a_gpu_is_an_error(run: Run, out: Path) -> None:
+    result = run("check", out, "--vram", "2GiB", "--context", "64", "--measure")
+    assert result.exit_code == 2
+    assert "--device cpu" in result.stderr
+
+
+def test_measuring_on_a_cpu(run: Run, out: Path) -> None:
+    options = ["check", out, "--context", "64", "--measure", "--device", "cpu", "--json"]
+    result = run(*options, "--vram", "4GiB")
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    measured = shown["measured"]
+    assert 2**27 < measured["process_loaded"] <= measured["process"] < 2**32
+    assert shown["gates"][0]["found"] == measured["process"]
+    assert run(*options, "--vram", "10MiB").exit_code == 1
+
+
+def test_the_pipelines_in_the_documentation_work(source: Path, out: Path, tmp_path: Path) -> None:
+    docs = Path(__file__).parent.parent / "docs/ci"
+    for name in ("github.yml", "gitlab.yml", "check.sh"):
+        commands = re.findall(r"glmquant (?:convert|check|verify) .*", (docs / name).read_text())
+        assert any(" check " in command for command in commands), name
+        folder = tmp_path / name
+        for command in commands:
+            words = command.replace("$MODEL", str(source)).replace("$OUT", str(folder / "out")).split()
+            words = [f"{folder}/{w}" if w.endswith(".xml") else {"2048": "128"}.get(w, w) for w in words]
+            folder.mkdir(exist_ok=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "glmquant.cli", *words[1:]], capture_output=True, text=True
+            )
+            assert done.returncode == 0, (command, done.stderr)
+        if "--junit" in (docs / name).read_text():
+            assert (folder / "check.xml").exists()
