@@ -140,4 +140,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        values = asdict(self)
+        if self.fit is None:
+            del values["fit"]
+        return values
