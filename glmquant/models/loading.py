@@ -73,7 +73,7 @@ def load(
     with torch.no_grad():
         for spec in checkpoint.present():
             if spec.layer != layer:
-                _unmap(
+                unmap(
                     checkpoint
                 )  # pages of the file count as memory of the process as long as they are mapped
                 layer = spec.layer
@@ -81,12 +81,13 @@ def load(
                 check_tied(checkpoint, spec)
             else:
                 fill(model, checkpoint, spec, placement)
-    _unmap(checkpoint)
+    unmap(checkpoint)
     placement.finish()
     return model.eval()
 
 
-def _unmap(checkpoint: Checkpoint) -> None:
+def unmap(checkpoint: Checkpoint) -> None:
+    """Let go of the files; they are opened again where more is read."""
     for shard in {info.shard for info in checkpoint.source.infos().values()}:
         checkpoint.source.release(shard)
 
