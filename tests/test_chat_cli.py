@@ -54,7 +54,7 @@ def run(log: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_one_answer(run: Any, log: Path) -> None:
     result = run("--prompt", "你好,世界", "--system", "Be brief.")
     assert (result.stdout, result.stderr, result.exit_code) == ("你好,世界\n", "", 0)
-    assert logged(log, "load") == [["OUT", {"device": "auto", "dtype": None}]]
+    assert logged(log, "load") == [["OUT", {"device": "auto", "dtype": None, "adapter": None}]]
     assert logged(log, "asked") == [["你好,世界", [{"role": "system", "content": "Be brief."}], {}]]
 
 
