@@ -166,6 +166,7 @@ def command(conversation: Conversation, line: str, err: bool = False) -> bool:
 
 @click.command()
 @click.argument("out")
+@click.option("--adapter", type=click.Path(), metavar="DIR", help="Merge this LoRA (PEFT) first.")
 @click.option("--prompt", metavar="TEXT", help="Answer this, and end.")
 @click.option("--system", metavar="TEXT", help="Instruction for the model (ChatGLM3, GLM-4).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
@@ -182,6 +183,7 @@ def command(conversation: Conversation, line: str, err: bool = False) -> bool:
 )
 def chat(
     out: str,
+    adapter: str | None,
     prompt: str | None,
     system: str | None,
     device: str,
@@ -219,7 +221,9 @@ def chat(
     from . import load, load_tokenizer
 
     tokenizer = load_tokenizer(out)
-    conversation = Conversation(load(out, device=device, dtype=dtype), tokenizer, system, **options)
+    conversation = Conversation(
+        load(out, device=device, dtype=dtype, adapter=adapter), tokenizer, system, **options
+    )
     if seed is not None:
         import torch
 

@@ -54,7 +54,7 @@ def run(log: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_one_answer(run: Any, log: Path) -> None:
     result = run("--prompt", "你好,世界", "--system", "Be brief.")
     assert (result.stdout, result.stderr, result.exit_code) == ("你好,世界\n", "", 0)
-    assert logged(log, "load") == [["OUT", {"device": "auto", "dtype": None}]]
+    assert logged(log, "load") == [["OUT", {"device": "auto", "dtype": None, "adapter": None}]]
     assert logged(log, "asked") == [["你好,世界", [{"role": "system", "content": "Be brief."}], {}]]
 
 
@@ -86,11 +86,22 @@ def test_the_bare_words_of_the_terminal_are_queries_in_a_pipe(run: Any) -> None:
 
 def test_options_reach_the_model(run: Any, log: Path) -> None:
     run("--prompt", "x", "--max-length", "99", "--temperature", "0.5", "--top-p", "0.7")
-    run("--prompt", "x", "--greedy", "--truncate", "--device", "cpu", "--dtype", "float32")
+    run(
+        "--prompt",
+        "x",
+        "--greedy",
+        "--truncate",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--adapter",
+        "my-lora",
+    )
     first, second = (options for *_, options in logged(log, "asked"))
     assert first == {"max_length": 99, "temperature": 0.5, "top_p": 0.7}
     assert second == {"do_sample": False, "truncate": True}
-    assert logged(log, "load")[1] == ["OUT", {"device": "cpu", "dtype": "float32"}]
+    assert logged(log, "load")[1] == ["OUT", {"device": "cpu", "dtype": "float32", "adapter": "my-lora"}]
 
 
 def test_seed(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..errors import UsageError
 from ..families import Dims
 from ..families.chatglm import FAMILY
+from .beside_chat import BesideChatMixin
 from .chat import ChatMixin
 from .chatglm_config import ChatGLMConfig
 from .chatglm_positions import (
@@ -278,7 +279,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return mask
 
 
-class ChatGLMForConditionalGeneration(ChatMixin, RuntimeMixin, ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(
+    ChatMixin, BesideChatMixin, RuntimeMixin, ChatGLMPreTrainedModel, GenerationMixin
+):
     """ChatGLM-6B with its head; parameters are named as in THUDM's checkpoints."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}

@@ -96,6 +96,11 @@ def compute_dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> to
     """What a model computes in; see `load`."""
     if dtype is None or dtype == "auto":
         return torch_dtype(families.stated_dtype(checkpoint.source.config))
+    return checked_dtype(dtype)
+
+
+def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype that is meant; `UsageError` where a model cannot compute in it."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2):
         raise UsageError(f"dtype {dtype!r} is not one to compute in; use float16, bfloat16 or float32.")
