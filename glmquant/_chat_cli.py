@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from typing import Any
 
 import click
@@ -27,6 +30,9 @@ Ctrl-C stops an answer. Anything else is said to the model."""
 _WELCOME = "Type to talk; /clear forgets the conversation, /stop ends, /help lists all commands."
 # ChatGLM-6B's answers get full-width marks where the next character is Chinese, so the last one may still change.
 _MAY_CHANGE = tuple(",!:;?")
+# What a terminal would obey: all control characters but tab and line break.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_AGAIN = 1.0  # seconds in which a second Ctrl-C ends the program, where stdin is no terminal
 
 
 class Conversation:
@@ -44,9 +50,13 @@ class Conversation:
         self.start(system)
 
     def start(self, system: str | None) -> None:
-        """Forget what was said."""
+        """Forget what was said.
+
+        Raises:
+            UsageError: the model knows no system role; then nothing is forgotten.
+        """
+        self.history = opening(self._tokenizer, system)
         self.system = system
-        self.history: list[Any] = [{"role": "system", "content": system}] if system else []
 
     def ask(self, query: str) -> Iterator[str]:
         """The answer as far as it is written, again and again.
@@ -69,6 +79,19 @@ class Conversation:
                 yield from (f"user: {item[0]}", f"assistant: {item[1]}")
 
 
+def opening(tokenizer: Any, system: str | None) -> list[Any]:
+    """The history of a conversation that begins with the instruction `system`.
+
+    Raises:
+        UsageError: the model that `tokenizer` belongs to knows no system role.
+    """
+    if not system:
+        return []
+    from .prompts import prompt_for
+
+    return prompt_for(tokenizer).history([{"role": "system", "content": system}])
+
+
 def show(answer: Iterable[str], write: Callable[[str], None]) -> None:
     """Write an answer while it grows: only what comes new, and only what will stay."""
     shown = text = ""
@@ -77,7 +100,17 @@ def show(answer: Iterable[str], write: Callable[[str], None]) -> None:
         if ready.startswith(shown):
             write(ready[len(shown) :])
             shown = ready
-    write(text[len(shown) :] if text.startswith(shown) else "\n" + text)
+    if text.startswith(shown):
+        write(text[len(shown) :])
+    else:  # bytes that are no text may change what was read before them: say that line again
+        lines = zip(shown.splitlines(True), text.splitlines(True), strict=False)
+        same = takewhile(lambda pair: pair[0] == pair[1], lines)
+        write("\n" + text[sum(len(line) for line, _ in same) :])
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would take for a command."""
+    return _CONTROLS.sub("", text)
 
 
 def _write(text: str) -> None:
@@ -85,21 +118,58 @@ def _write(text: str) -> None:
 
 
 def reply(conversation: Conversation, query: str) -> None:
-    """Answer on stdout: word by word on a terminal, else in one piece."""
+    """Answer on stdout: word by word on a terminal, else in one piece, which may be one that Ctrl-C cut short."""
     answer = conversation.ask(query)
     if sys.stdout.isatty():
-        show(answer, _write)
-    else:
-        _write("".join(deque(answer, maxlen=1)))
-    click.echo()
+        show(map(printable, answer), _write)
+        click.echo()
+        return
+    last = deque([""], maxlen=1)
+    try:
+        last.extend(answer)
+    except KeyboardInterrupt:
+        click.echo(last[0])
+        raise
+    click.echo(last[0])
 
 
-def follow(conversation: Conversation, queries: Iterable[str]) -> None:
-    """Answer line after line; commands work here too, and what they show goes to stderr."""
+def follow(conversation: Conversation, queries: Iterable[str]) -> bool:
+    """Answer line after line; commands work here too, and what they show goes to stderr.
+
+    Ctrl-C stops an answer, and what cannot be answered is told on stderr; the next line follows.
+
+    Returns:
+        Whether every line was answered, if only in part.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came twice in a second, or where there was no answer to stop.
+    """
+    presses: list[float] = []
+
+    def note(number: int, frame: object) -> None:
+        presses.append(time.monotonic())
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGINT, note)
+    well = True
     for line in queries:
         query = line.strip()
-        if query and not command(conversation, query, err=True):
-            reply(conversation, query)
+        try:
+            if query and not command(conversation, query, err=True):
+                reply(conversation, query)
+        except GlmquantError as error:
+            click.echo(f"glmquant: {error}", err=True)
+            well = False
+        except KeyboardInterrupt:
+            if len(presses) > 1 and presses[-1] - presses[-2] < _AGAIN:
+                raise
+            if sys.stdout.isatty():
+                click.echo()
+            click.echo("glmquant: the answer was stopped.", err=True)
+        except click.exceptions.Exit:  # /stop
+            break
+    return well
 
 
 def talk(conversation: Conversation) -> None:
@@ -156,7 +226,7 @@ def command(conversation: Conversation, line: str, err: bool = False) -> bool:
             click.echo(_WELCOME)
     elif name == "/history":
         for said in conversation.lines():
-            click.echo(said, err=err)
+            click.echo(printable(said), err=err)
     elif name == "/help":
         click.echo(_HELP, err=err)
     else:
@@ -166,6 +236,7 @@ def command(conversation: Conversation, line: str, err: bool = False) -> bool:
 
 @click.command()
 @click.argument("out")
+@click.option("--adapter", type=click.Path(), metavar="DIR", help="Merge this LoRA (PEFT) first.")
 @click.option("--prompt", metavar="TEXT", help="Answer this, and end.")
 @click.option("--system", metavar="TEXT", help="Instruction for the model (ChatGLM3, GLM-4).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
@@ -182,6 +253,7 @@ def command(conversation: Conversation, line: str, err: bool = False) -> bool:
 )
 def chat(
     out: str,
+    adapter: str | None,
     prompt: str | None,
     system: str | None,
     device: str,
@@ -201,6 +273,9 @@ def chat(
     glmquant chat chatglm3-6b-int4 < questions.txt            each line is a query, stdout gets the answers
 
     Sampling is that of the model's generation where no option says otherwise.
+
+    Ctrl-C stops an answer, and the conversation goes on. In a pipe, a second one within a second ends the program;
+    a line that cannot be answered is told on stderr, and makes the exit status 2 at the end.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
     if greedy and (temperature is not None or top_p is not None):
         raise UsageError("--greedy takes the likeliest token, so leave out --temperature and --top-p.")
@@ -219,7 +294,10 @@ def chat(
     from . import load, load_tokenizer
 
     tokenizer = load_tokenizer(out)
-    conversation = Conversation(load(out, device=device, dtype=dtype), tokenizer, system, **options)
+    opening(tokenizer, system)  # before the time for loading is spent
+    conversation = Conversation(
+        load(out, device=device, dtype=dtype, adapter=adapter), tokenizer, system, **options
+    )
     if seed is not None:
         import torch
 
@@ -230,5 +308,5 @@ def chat(
         # From here on Ctrl-C is part of the conversation, and no sign that the program failed.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         talk(conversation)
-    else:
-        follow(conversation, (line.decode(errors="replace") for line in sys.stdin.buffer))
+    elif not follow(conversation, (line.decode(errors="replace") for line in sys.stdin.buffer)):
+        raise click.exceptions.Exit(2)

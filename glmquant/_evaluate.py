@@ -146,8 +146,6 @@ def evaluate(
     states = [model.hidden_states(cut_text.ids, report) for model in models]
     loss, divergence, same = _compare(models, states, cut_text)
     report("heads", len(models))
-    for model in models:
-        model.close()
     return Evaluation(
         out=os.fspath(out),
         source=os.fspath(source),

@@ -13,6 +13,7 @@ Folders with ``model_type: chatglm`` are then loaded by `glmquant.load` and `glm
 INT4 / INT8 ones, by AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM and AutoTokenizer, also as modelscope
 exports them. ``trust_remote_code=True`` is accepted and changes nothing. Everything else transformers loads as ever,
 native folders (``model_type: glm``) among it.
+``AutoModel.from_config`` gives a model with random weights.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,12 +32,14 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from . import hub
-from .errors import UnsafeFileError, UsageError
+from . import families, formats, hub
+from .errors import SourceError, UnsafeFileError, UsageError
 from .models import chatglm_config
-from .models.loading import load
+from .models.building import bad_field, class_and_config
+from .models.loading import checked_dtype, load
 from .tokenizers.common import optional_json
 from .tokenizers.original_chatglm import ChatGLMTokenizer
+from .tokenizers.original_chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from .tokenizers.original_glm4 import ChatGLM4Tokenizer
 
 __all__ = ["ChatGLMAutoModel"]
@@ -48,7 +52,9 @@ _WITHOUT_EFFECT = frozenset({
 })  # fmt: skip
 _LOAD_OPTIONS = ("attn_implementation", "device_map", "max_memory", "offload_folder")
 # What transformers itself puts into a configuration that it has read.
-_RUNTIME_FIELDS = frozenset({"dtype", "torch_dtype", "transformers_version", "attn_implementation"})
+_RUNTIME_FIELDS = frozenset({
+    "attn_implementation", "dtype", "tokenizer_class", "torch_dtype", "transformers_version",
+})  # fmt: skip
 
 
 class ChatGLMConfig(chatglm_config.ChatGLMConfig):
@@ -61,16 +67,47 @@ class ChatGLMConfig(chatglm_config.ChatGLMConfig):
         Raises:
             UnsafeFileError: AutoTokenizer would run code from the folder when told to trust it. It does so for classes
                 that nobody has registered; those that THUDM published are.
+            SourceError: a value is none that a configuration can have.
+            UsageError: neither is a dtype that was asked for.
         """
-        path = Path(kwargs.get("name_or_path", "")) / "tokenizer_config.json"
-        tokenizer = optional_json(path) if "name_or_path" in kwargs else {}
-        if "auto_map" in tokenizer and tokenizer.get("tokenizer_class") not in _TOKENIZERS:
-            raise UnsafeFileError(
-                f"{path} asks for code of its own, for a tokenizer of class {tokenizer.get('tokenizer_class')!r} "
-                f"({' and '.join(_TOKENIZERS)} are known); take auto_map out of the file, or use glmquant.load and "
-                "glmquant.load_tokenizer, which run no code."
-            )
-        return super().from_dict(config_dict, **kwargs)
+        config_dict = dict(config_dict)
+        folder = Path(kwargs.get("name_or_path", "."))
+        if "name_or_path" in kwargs:
+            # AutoModel wants back the options that are no fields; it never looks at the tokenizer.
+            _check_tokenizer_class(folder, for_model=kwargs.get("return_unused_kwargs", False))
+            if not (folder / "tokenizer.json").exists():
+                # What AutoTokenizer takes where tokenizer_config.json, or the class in it, is missing.
+                config_dict["tokenizer_class"] = ChatGLMTokenizer.__name__
+        if not isinstance(config_dict.get("quantization_config", {}), dict):
+            formats.detect(config_dict)  # refuses all but nothing in another spelling
+            del config_dict["quantization_config"]
+        families.stated_dtype(config_dict)
+        for dtype in (kwargs.get("dtype"), kwargs.get("torch_dtype")):
+            if isinstance(dtype, str) and dtype != "auto":
+                checked_dtype(dtype)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise bad_field(error, config_dict, folder) from error
+
+
+def _check_tokenizer_class(folder: Path, for_model: bool) -> None:
+    path = folder / "tokenizer_config.json"
+    tokenizer = optional_json(path)
+    name = tokenizer.get("tokenizer_class")
+    if name in _TOKENIZERS:
+        return
+    if "auto_map" in tokenizer:
+        raise UnsafeFileError(
+            f"{path} asks for code of its own, for a tokenizer of class {name!r} ({', '.join(_TOKENIZERS)} are known); "
+            "take auto_map out of the file, or use glmquant.load and glmquant.load_tokenizer, which run no code."
+        )
+    # transformers would make something of the vocabulary that gives other ids.
+    if name is not None and not for_model and not (folder / "tokenizer.json").exists():
+        raise SourceError(
+            f"{path} names a tokenizer of class {name!r}, which is none of ChatGLM's ({', '.join(_TOKENIZERS)}); take "
+            "the file that was published with the model."
+        )
 
 
 class ChatGLMAutoModel:
@@ -128,6 +165,19 @@ class ChatGLMAutoModel:
             **given,
         )
 
+    @classmethod
+    def _from_config(cls, config: ChatGLMConfig, **options: Any) -> Any:
+        """What ``from_config`` calls: the model with random weights."""
+        values = config.to_dict()
+        family = families.detect(values)
+        family.dims(values)
+        if formats.detect(values).name != "safetensors":
+            raise UsageError(
+                "a configuration of quantized weights gives no model without them; use from_pretrained."
+            )
+        model_class, own = class_and_config(family, values)
+        return model_class._from_config(own, **options)
+
 
 def _refuse_changes(config: ChatGLMConfig, folder: Path) -> None:
     """The model is built from config.json: changes to the object would silently be without effect."""
@@ -149,24 +199,25 @@ def _refuse_changes(config: ChatGLMConfig, folder: Path) -> None:
         )
 
 
-# ChatGLM2-6B's and 3-6B's are called ChatGLMTokenizer too; that class finds out which it is.
-_TOKENIZERS = {tokenizer.__name__: tokenizer for tokenizer in (ChatGLMTokenizer, ChatGLM4Tokenizer)}
+# ChatGLM2-6B's and 3-6B's were published as ChatGLMTokenizer too; that class finds out which it is.
+_TOKENIZERS = {
+    tokenizer.__name__: tokenizer
+    for tokenizer in (ChatGLMTokenizer, ChatGLM2Tokenizer, ChatGLM3Tokenizer, ChatGLM4Tokenizer)
+}
 
 
-class _TokenizerConfig(PreTrainedConfig):
-    """A key to register a tokenizer under.
+def _key(tokenizer: type) -> type:
+    """A configuration class to register a tokenizer under.
 
     transformers prefers the code in a folder to a tokenizer that is registered for the folder's own configuration
     class, and it prefers a registered tokenizer *of the name in tokenizer_config.json* to that code.
     """
+    return type(
+        f"_{tokenizer.__name__}Config", (PreTrainedConfig,), {"model_type": f"glmquant-{tokenizer.__name__}"}
+    )
 
-    model_type = "glmquant-chatglm-tokenizer"
 
-
-class _GLM4TokenizerConfig(PreTrainedConfig):
-    """See `_TokenizerConfig`."""
-
-    model_type = "glmquant-glm4-tokenizer"
+_KEYS = {name: _key(tokenizer) for name, tokenizer in _TOKENIZERS.items()}
 
 
 def register() -> None:
@@ -174,8 +225,8 @@ def register() -> None:
     AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
         auto.register(ChatGLMConfig, ChatGLMAutoModel, exist_ok=True)
-    AutoTokenizer.register(_TokenizerConfig, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
-    AutoTokenizer.register(_GLM4TokenizerConfig, slow_tokenizer_class=ChatGLM4Tokenizer, exist_ok=True)
+    for name, tokenizer in _TOKENIZERS.items():
+        AutoTokenizer.register(_KEYS[name], slow_tokenizer_class=tokenizer, exist_ok=True)
 
 
 register()

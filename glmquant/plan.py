@@ -234,11 +234,12 @@ def _tensors(
 def check_source(source: TensorSource, family: Family, dims: Dims) -> dict[str, TensorInfo]:
     """The tensors of a whole model, or a `SourceError` that names what is missing, foreign or misshapen."""
     # The config is asked first: the folder that P-tuning leaves holds nothing but the prefix.
-    if source.config.get("pre_seq_len") or any(".prefix_encoder." in name for name in source.infos()):
+    stated = any(source.config.get(key) for key in ("pre_seq_len", "prefix_projection"))
+    if stated or any(".prefix_encoder." in name for name in source.infos()):
         raise SourceError(
-            f"{source.folder} holds a P-tuning prefix (pre_seq_len in config.json, or a prefix_encoder), which has "
-            "no quantized form and no place in the native layout; convert the base model without it and keep the "
-            "prefix beside it."
+            f"{source.folder} holds a P-tuning prefix (pre_seq_len or prefix_projection in config.json, or a "
+            "prefix_encoder), which has no quantized form and no place in the native layout; convert the base model "
+            "without it and keep the prefix beside it."
         )
     infos = dict(source.infos())
     if dims.layers > len(infos):

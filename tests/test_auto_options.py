@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from helpers_adapter import lora, original_weights, skeleton, train
-from helpers_cards import MARK, offline, plant_code
+from helpers_cards import MARK, offline, plant_code, published
+from helpers_models import golden
 from helpers_sources import tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -110,6 +111,47 @@ def test_options_that_would_be_without_effect(
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("quantization_config", "x"), ("torch_dtype", "foo"), ("eos_token_id", "2"), ("rope_ratio", "a")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_bad_value_in_config_json_is_told_in_our_words(folder: Path, field: str, value: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(SourceError, match=field) as caught:
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("section", [[], 0, False, {}, None], ids=str)
+def test_no_quantization_in_any_spelling(folder: Path, section: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": section}))
+    assert AutoModel.from_pretrained(folder).quantized_bits is None
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["foo", "int8", 5], ids=str)
+def test_a_dtype_that_is_none(folder: Path, name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=repr(value)):
+        AutoModel.from_pretrained(folder, **{name: value})
+
+
+@pytest.mark.parametrize("tiny", ["chatglm-6b/tiny-3l", "chatglm2-6b/tiny/bin-fp16"])
+def test_from_config_gives_random_weights(tiny: str) -> None:
+    config = AutoConfig.from_pretrained(golden(tiny))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    stored = glmquant.load(golden(tiny), device="cpu", dtype="bfloat16")
+    shapes = {name: weight.shape for name, weight in stored.state_dict().items()}
+    assert {name: weight.shape for name, weight in model.state_dict().items()} == shapes
+    assert (type(model), model.dtype) == (type(stored), torch.bfloat16)
+    assert model.get_input_embeddings().weight.std() > 0
+    config.quantization_bit = 4
+    with pytest.raises(UsageError, match="from_pretrained"):
+        AutoModel.from_config(config)
+
+
 def test_a_configuration_may_be_passed_but_not_changed(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     AutoModel.from_pretrained(folder, config=config, trust_remote_code=True)
@@ -151,3 +193,39 @@ def test_the_folder_of_an_adapter_loads_with_its_base(folder: Path, tmp_path: Pa
     wanted = logits(glmquant.load(folder, device="cpu", adapter=adapter))
     assert torch.equal(logits(AutoModel.from_pretrained(adapter, trust_remote_code=True)), wanted)
     assert not torch.equal(logits(AutoModel.from_pretrained(folder, trust_remote_code=True)), wanted)
+
+
+@pytest.mark.parametrize("model", ["chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat"])
+def test_the_tokenizer_of_a_folder_without_tokenizer_config(tmp_path: Path, model: str) -> None:
+    """config.json and the vocabulary are enough to tell it, as for `load_tokenizer`."""
+    folder = published(tmp_path, model)
+    text = "Hello 你好\n"
+    wanted = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    (folder / "tokenizer_config.json").write_text("{}")
+    for _ in range(2):
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        assert (type(found), found(text)["input_ids"]) == (type(wanted), wanted(text)["input_ids"])
+        (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    AutoModel.from_pretrained(folder, config=AutoConfig.from_pretrained(folder))
+    for vocabulary in ("ice_text.model", "tokenizer.model"):
+        (folder / vocabulary).unlink(missing_ok=True)
+    with pytest.raises(SourceError, match="no tokenizer that is known here"):
+        AutoTokenizer.from_pretrained(folder)
+    AutoModel.from_pretrained(folder)
+    assert not (folder / MARK).exists()
+
+
+@pytest.mark.parametrize("model", ["chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat"])
+def test_a_saved_tokenizer_is_found_again(tmp_path: Path, model: str) -> None:
+    folder = published(tmp_path, model)
+    saved = glmquant.load_tokenizer(folder)
+    saved.save_pretrained(folder)
+    assert type(AutoTokenizer.from_pretrained(folder)) is type(saved)
+
+
+def test_a_tokenizer_of_another_model_is_not_guessed_at(tmp_path: Path) -> None:
+    folder = published(tmp_path, "chatglm3-6b")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(SourceError, match="'LlamaTokenizer', which is none of ChatGLM's"):
+        AutoTokenizer.from_pretrained(folder)
+    AutoModel.from_pretrained(folder)

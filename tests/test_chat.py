@@ -225,6 +225,31 @@ def test_wrong_histories() -> None:
         small_model("chatglm2-6b").chat(tokenizer_of("chatglm2-6b"), "你好", ["a"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0}, {"max_new_tokens": -1}, {"max_new_tokens": 2.5}, {"max_length": "x"}, {"max_length": 0},
+        {"max_length": True}, {"temperature": -1}, {"temperature": "hot"}, {"temperature": torch.nan}, {"top_p": 1.5},
+        {"eos_token_id": "x"}, {"eos_token_id": [2, None]}, {"eos_token_id": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
+    name = next(iter(options))
+    for method in ("chat", "stream_chat"):
+        with pytest.raises(UsageError, match=f"^{name} must be .*, not "):
+            getattr(small_model("chatglm2-6b"), method)(tokenizer_of("chatglm2-6b"), "你好", **options)
+
+
+def test_options_that_are_left_to_us() -> None:
+    model, tokenizer = small_model("chatglm2-6b"), tokenizer_of("chatglm2-6b")
+    answer = model.chat(tokenizer, "你好", **GREEDY)
+    assert model.chat(tokenizer, "你好", temperature=0, max_new_tokens=12) == answer
+    assert model.chat(tokenizer, "你好", eos_token_id=None, **GREEDY) == answer
+    *_, last = model.stream_chat(tokenizer, "你好", temperature=0.0, eos_token_id=None, max_new_tokens=12)
+    assert last == answer
+
+
 def test_invalid_scores() -> None:
     inf, nan = torch.inf, torch.nan
     scores = torch.tensor([[0.0, nan, 1], [0, inf, 1], [-inf, -inf, -inf], [-inf, 2, 1]])

@@ -20,7 +20,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import glmquant
-from glmquant._chat_cli import Conversation, show
+from glmquant import _chat_cli
+from glmquant._chat_cli import Conversation, command, reply, show
 from glmquant.cli import main
 
 needs_pty = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -54,7 +55,7 @@ def run(log: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_one_answer(run: Any, log: Path) -> None:
     result = run("--prompt", "你好,世界", "--system", "Be brief.")
     assert (result.stdout, result.stderr, result.exit_code) == ("你好,世界\n", "", 0)
-    assert logged(log, "load") == [["OUT", {"device": "auto", "dtype": None}]]
+    assert logged(log, "load") == [["OUT", {"device": "auto", "dtype": None, "adapter": None}]]
     assert logged(log, "asked") == [["你好,世界", [{"role": "system", "content": "Be brief."}], {}]]
 
 
@@ -86,11 +87,22 @@ def test_the_bare_words_of_the_terminal_are_queries_in_a_pipe(run: Any) -> None:
 
 def test_options_reach_the_model(run: Any, log: Path) -> None:
     run("--prompt", "x", "--max-length", "99", "--temperature", "0.5", "--top-p", "0.7")
-    run("--prompt", "x", "--greedy", "--truncate", "--device", "cpu", "--dtype", "float32")
+    run(
+        "--prompt",
+        "x",
+        "--greedy",
+        "--truncate",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--adapter",
+        "my-lora",
+    )
     first, second = (options for *_, options in logged(log, "asked"))
     assert first == {"max_length": 99, "temperature": 0.5, "top_p": 0.7}
     assert second == {"do_sample": False, "truncate": True}
-    assert logged(log, "load")[1] == ["OUT", {"device": "cpu", "dtype": "float32"}]
+    assert logged(log, "load")[1] == ["OUT", {"device": "cpu", "dtype": "float32", "adapter": "my-lora"}]
 
 
 def test_seed(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,10 +127,50 @@ def test_greedy_takes_no_sampling_options(run: Any, log: Path, option: tuple[str
     assert "--greedy" in result.stderr
 
 
-def test_an_error_in_a_pipe_ends_with_its_sentence(run: Any) -> None:
-    result = run(stdin="fine\ntoo long\nnever\n")
-    assert (result.stdout, result.exit_code) == ("fine\n", 2)
-    assert result.stderr == "glmquant: the prompt is too long.\n"
+def test_an_error_in_a_pipe_is_told_and_the_next_line_answered(run: Any) -> None:
+    for end in ("", "/stop\nnever\n"):
+        result = run(stdin="fine\ntoo long\nnext\n" + end)
+        assert (result.stdout, result.exit_code) == ("fine\nnext\n", 2)
+        assert result.stderr == "glmquant: the prompt is too long.\n"
+    assert run("--prompt", "too long").exit_code == 2
+
+
+@pytest.mark.parametrize(("again", "stdout", "status"), [(0.0, "sl\nsl\nlast\n", 0), (60.0, "sl\nsl\n", 130)])
+def test_ctrl_c_in_a_pipe(
+    run: Any, monkeypatch: pytest.MonkeyPatch, again: float, stdout: str, status: int
+) -> None:
+    """Stops the answer, whose beginning is written; a second one within the given time ends the program."""
+
+    def stream_chat(self: Any, tokenizer: Any, query: str, history: Any) -> Iterator[tuple[str, Any]]:
+        yield query[:2], history
+        if query.startswith("slow"):
+            signal.raise_signal(signal.SIGINT)
+        yield query, history
+
+    monkeypatch.setattr(fake_chat.Parrot, "stream_chat", stream_chat)
+    monkeypatch.setattr(_chat_cli, "_AGAIN", again)
+    result = run(stdin="slow\nslower\nlast\n")
+    assert (result.stdout, result.exit_code) == (stdout, status)
+    assert result.stderr.startswith("glmquant: the answer was stopped.\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(("kind", "name"), [("chatglm", "ChatGLM-6B"), ("chatglm2", "ChatGLM2-6B")])
+def test_an_instruction_for_a_model_without_a_system_role(
+    run: Any, log: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
+    monkeypatch.setattr(fake_chat.Tokenizer, "kind", kind)
+    result = run("--prompt", "x", "--system", "Be brief.")
+    assert (result.stdout, result.exit_code, log.exists()) == (
+        "",
+        2,
+        False,
+    )  # told before the model is loaded
+    message = f"glmquant: {name} has no system role; say it in the first query.\n"
+    assert result.stderr == message
+    result = run(stdin="one\n/system Be brief.\ntwo\n")
+    assert (result.stdout, result.stderr, result.exit_code) == ("one\ntwo\n", message, 2)
+    assert [history for _, history, _ in logged(log, "asked")] == [[], [["one", "one"]]]
 
 
 def test_bytes_that_are_no_utf_8(run: Any) -> None:
@@ -145,10 +197,11 @@ def test_breaking_off_closes_the_stream_and_keeps_what_was_said(log: Path) -> No
         (["a", "ab", "abc"], ["a", "b", "c", ""]),
         (["你好", "你好,", "你好，世"], ["你好", "", "，世", ""]),  # the mark changed when its neighbour came
         (["ab", "a", "ax"], ["ab", "\nax"]),  # not what any generation does, but the last word is told
+        (["one\ntwo", "one\ntoo", "one\nthree"], ["one\ntwo", "\nthree"]),
         (["hi!"], ["hi", "!"]),
         ([], [""]),
     ],
-    ids=["plain", "mark", "rewritten", "ends-in-a-mark", "nothing"],
+    ids=["plain", "mark", "rewritten", "rewritten-line", "ends-in-a-mark", "nothing"],
 )
 def test_only_what_will_stay_is_written(grows: list[str], written: list[str]) -> None:
     pieces: list[str] = []
@@ -157,6 +210,23 @@ def test_only_what_will_stay_is_written(grows: list[str], written: list[str]) ->
 
 
 # On a terminal
+
+
+@pytest.mark.parametrize(
+    ("terminal", "answer"), [(True, "a[31mb\tc\nd"), (False, "a\x1b[31mb\tc\r\nd\x9b\x07")]
+)
+def test_a_terminal_gets_no_commands_from_the_model(
+    terminal: bool, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(_chat_cli.click, "echo", lambda text="", **options: written.append(text))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    conversation = Conversation(fake_chat.Parrot(), None)
+    reply(conversation, "a\x1b[31mb\tc\r\nd\x9b\x07")
+    assert "".join(written) == answer
+    written.clear()
+    command(conversation, "/history")
+    assert not re.search(r"[\x1b\r\x9b\x07]", "".join(written))
 
 
 class Terminal:

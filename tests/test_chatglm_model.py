@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from glmquant.models.chatglm import eager_attention
 from glmquant.models.chatglm_positions import rotary_tables, rotate, two_row_positions
 
 LIMIT = 1e-3
@@ -190,3 +191,18 @@ def test_rotary_tables_and_gelu_of_the_real_head_size() -> None:
         )  # to [batch, heads, length, dim]
         close(turned, golden[f"rotate.{states}_out"].permute(1, 2, 0, 3), 1e-6)
     close(functional.gelu(golden["gelu.input"], approximate="tanh"), golden["gelu.output"], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_beyond_half_precision(dtype: torch.dtype) -> None:
+    """Products that float16 cannot hold, and that outweigh its lowest number where a mask has it."""
+    query = torch.full((1, 1, 3, 128), 180, dtype=dtype)
+    key = query.clone()
+    key[:, :, 0] = -180
+    value = torch.arange(3, dtype=dtype)[None, None, :, None].expand_as(key)
+    seen = torch.ones(3, 3, dtype=torch.bool).tril()[None, None]
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    found, weights = eager_attention(torch.nn.Module(), query, key, value, mask, 128**-0.5)
+    assert found[0, :, 0, 0].tolist() == expected[0, 0, :, 0].tolist() == [0, 1, 1.5]
+    assert (found.dtype, weights[~seen].max()) == (dtype, 0)

@@ -245,6 +245,8 @@ def test_a_chatglm_of_no_known_generation_says_which_fields_tell_them_apart() ->
     [
         (CHATGLM2, "add_bias_linear", True),
         (CHATGLM2, "apply_residual_connection_post_layernorm", True),
+        (CHATGLM2, "fp32_residual_connection", True),
+        (CHATGLM2, "original_rope", False),
         (CHATGLM2, "post_layer_norm", False),
         (CHATGLM2, "rmsnorm", False),
         (CHATGLM, "position_encoding_2d", False),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_sources import CHATGLM2, random_tensors, write_model
+from helpers_sources import CHATGLM2, random_tensors, write_bin, write_model
+from safetensors.torch import load_file
 
 import glmquant
 from glmquant import Recipe
@@ -58,14 +59,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, recipe in recipes.items():
         glmquant.convert(folders["16-bit"], root / name, recipe)
         folders[name] = root / name
+    for name, source in (("16-bit-bin", "16-bit"), ("int4-bin", "int4-cpm")):  # the form THUDM published
+        config = json.loads((folders[source] / "config.json").read_text())
+        folders[name] = write_bin(root / name, config, load_file(folders[source] / "model.safetensors"))
     return folders
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["16-bit", "int4", "int4-asymmetric", "int8-ends", "int4-cpm"])
+@pytest.mark.parametrize(
+    "kind", ["16-bit", "16-bit-bin", "int4", "int4-asymmetric", "int8-ends", "int4-cpm", "int4-bin"]
+)
 def test_the_peak_is_the_packed_weights_and_a_little(models: dict[str, Path], kind: str) -> None:
     command = [sys.executable, "-c", PROGRAM, str(models[kind]), str(models["tiny"])]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     embedding = 32000 * 768 * 2  # the largest tensor in 16 bit
-    assert result["weights"] <= sum(f.stat().st_size for f in models[kind].glob("*.safetensors")) * 1.01
+    assert result["weights"] <= sum(f.stat().st_size for f in models[kind].glob("*model*")) * 1.01
     assert result["peak"] <= result["weights"] + embedding // 2, result

@@ -130,6 +130,43 @@ def test_a_bad_generation_config(tmp_path: Path) -> None:
     refused(folder, "generation_config.json")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("torch_dtype", "int8"), ("torch_dtype", "foo"), ("dtype", "float64"), ("torch_dtype", 5),
+        ("rope_ratio", "a"), ("eos_token_id", "2"), ("pad_token_id", [0]), ("attention_dropout", "x"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_none_of_the_field(tmp_path: Path, field: str, value: Any) -> None:
+    folder = rewrite_config(tiny_model(tmp_path), **{field: value})
+    message = refused(folder, f"gives {field} as {value!r}")
+    assert "Error" not in message
+    assert "multiply" not in message
+
+
+def test_a_p_tuning_switch(tmp_path: Path) -> None:
+    refused(rewrite_config(tiny_model(tmp_path), prefix_projection=True), "prefix_projection", "P-tuning")
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [
+        ({"bos_token_id": None}, "bos_token_id as None"),
+        ({"bos_token_id": 96}, "bos_token_id as 96"),
+        ({"bos_token_id": True}, "bos_token_id as True"),
+        ({"bos_token_id": 9}, "bos_token_id as 9 "),
+        ({"gmask_token_id": 86}, "gmask_token_id as 86"),
+        ({"mask_token_id": 87}, "mask_token_id as 87"),
+    ],
+)
+def test_special_ids_by_which_chatglm_6b_computes(tmp_path: Path, ids: dict[str, Any], named: str) -> None:
+    config = {**CHATGLM, "bos_token_id": 90, "eos_token_id": 91, "gmask_token_id": 87, "mask_token_id": 86}
+    tensors = {name: t for name, t in random_tensors(CHATGLM).items() if name != "lm_head.weight"}
+    folder = write_model(tmp_path / "m", config, tensors)
+    assert glmquant.load(folder, device="cpu").config.bos_token_id == 90
+    refused(rewrite_config(folder, **ids), named)
+
+
 def test_a_configuration_that_transformers_refuses(tmp_path: Path) -> None:
     refused(rewrite_config(tiny_model(tmp_path), pad_token_id=5000), "config.json", "within")
     refused(

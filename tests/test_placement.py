@@ -104,13 +104,16 @@ def test_nothing_is_offloaded_into_the_checkpoint(folders: dict[str, Path]) -> N
     assert not inside.exists()
 
 
+@pytest.mark.parametrize("device_map", ["auto", {"": "disk"}, {"model": "cpu", "lm_head": "disk"}], ids=str)
 def test_without_accelerate_the_message_says_what_to_install(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device_map: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(UsageError, match="pip install accelerate"):
-        glmquant.load(folders["int4"], device_map="auto")
+    with pytest.raises(UsageError, match=r"pip install 'glmquant\[offload\]'"):
+        glmquant.load(folders["int4"], device_map=device_map, offload_folder=tmp_path / "o")
+    assert not (tmp_path / "o").exists()
     glmquant.load(folders["int4"], device="cpu")
+    glmquant.load(folders["int4"], device_map={"": "cpu"})
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,9 @@ def test_messages_are_turns_too() -> None:
 )  # fmt: skip
 def test_turns_of_the_wrong_form(history: Any) -> None:
     for name in ("chatglm-6b", "chatglm2-6b"):
-        with pytest.raises(UsageError, match=r"ChatGLM2?-6B takes history as|must be text|surrogate"):
+        with pytest.raises(
+            UsageError, match=r"ChatGLM2?-6B (takes history as|has no system role)|must be text|surrogate"
+        ):
             PROMPTS["chatglm" if name == "chatglm-6b" else "chatglm2"](None).history(history)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import itertools
 import signal
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -95,6 +97,63 @@ def test_bytes_that_are_no_text() -> None:
     for row in [word, *[byte] * 40, word]:
         transcript.add(row)
     assert transcript.text == "好" + "\ufffd" * 40 + "好"
+
+
+def test_a_space_between_two_pieces_that_bring_their_own() -> None:
+    """Decoding takes the first space of a text away, so no text may begin with a piece that is only a space."""
+    pieces = [" This", " ", " (", " as"]
+    transcript = Transcript(lambda ids: "".join(pieces[i] for i in ids).lstrip(" "))
+    shown = [transcript.text for row in range(4) if transcript.add(row)]
+    assert shown == ["This", "This ", "This  (", "This  ( as"]
+    assert transcript.whole() == shown[-1]
+
+
+LEFT_RUNNING = """
+import signal, sys, torch
+from transformers import GlmConfig, GlmForCausalLM
+from glmquant.models.streaming import generate_tokens
+config = GlmConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, max_position_embeddings=10**5, pad_token_id=0,
+)
+tokens = generate_tokens(
+    GlmForCausalLM(config).eval(), torch.tensor([[1, 2]]), max_new_tokens=10**4, eos_token_id=None
+)
+next(tokens)
+print("end")
+"""
+
+
+def test_a_stream_that_is_left_open_when_the_program_ends() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFT_RUNNING], capture_output=True, text=True, timeout=120)
+    assert (ended.stdout, ended.returncode) == ("end\n", 0), ended.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pthread_kill")
+def test_ctrl_c_while_the_last_token_is_computed() -> None:
+    """The thread is waited for all the same, and the program learns of it."""
+    model = small_model("chatglm2-6b")
+    busy = threading.Event()
+
+    def slow(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > 2:
+            busy.set()
+            time.sleep(0.5)
+            busy.clear()
+        return scores
+
+    tokens = generate_tokens(
+        model, torch.tensor([[1]]), max_new_tokens=9, eos_token_id=None, logits_processor=[slow]
+    )
+    next(tokens)
+    busy.wait()
+    main = threading.main_thread().ident
+    timer = threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        tokens.close()
+    assert not busy.is_set()
+    assert not generating()
 
 
 def test_time_grows_with_the_length_of_the_answer() -> None:

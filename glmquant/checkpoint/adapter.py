@@ -22,7 +22,7 @@ from .source import TensorInfo, TensorSource, load_bin
 if TYPE_CHECKING:
     import torch
 
-_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _WRAPPERS = ("base_model.model.", "base_model.")
 
@@ -158,8 +158,8 @@ class AdapterSource:
         if tuple(a.shape) != (rank, width) or tuple(b.shape) != (height, rank):
             raise SourceError(
                 f"the LoRA of {module} in {self._adapter_file} is {list(b.shape)} x {list(a.shape)}; for a weight "
-                f"of [{height}, {width}] and the rank {rank} of {_CONFIG} it must be [{height}, {rank}] x "
-                f"[{rank}, {width}]. The adapter belongs to another model, or to another {_CONFIG}."
+                f"of [{height}, {width}] and the rank {rank} of {ADAPTER_CONFIG} it must be [{height}, {rank}] x "
+                f"[{rank}, {width}]. The adapter belongs to another model, or to another {ADAPTER_CONFIG}."
             )
         if not (a.isfinite().all() and b.isfinite().all()):
             raise SourceError(f"the LoRA of {module} in {self._adapter_file} holds NaN or an infinite value.")
@@ -180,7 +180,7 @@ class AdapterSource:
     @property
     def files(self) -> tuple[Path, ...]:
         """Weight files of the base, then the adapter's: its configuration decides the result too."""
-        return (*self._base.files, self._adapter_file, self._adapter_file.with_name(_CONFIG))
+        return (*self._base.files, self._adapter_file, self._adapter_file.with_name(ADAPTER_CONFIG))
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """See `TensorSource`."""
@@ -244,10 +244,10 @@ def _read_adapter(folder: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str
 
     if not folder.is_dir():
         raise SourceError(f"--adapter {folder} is not a folder; pass the folder that PEFT wrote.")
-    if not (folder / _CONFIG).exists():
+    if not (folder / ADAPTER_CONFIG).exists():
         _refuse_p_tuning(folder)
-        raise SourceError(f"{folder} holds no {_CONFIG}; pass the folder that PEFT wrote.")
-    config = read_json(folder / _CONFIG)
+        raise SourceError(f"{folder} holds no {ADAPTER_CONFIG}; pass the folder that PEFT wrote.")
+    config = read_json(folder / ADAPTER_CONFIG)
     _refuse_variants(folder, config)
     for name in _FILES:
         path = folder / name
@@ -315,5 +315,5 @@ def _scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
         return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
         raise SourceError(
-            f"{_CONFIG} of the adapter has a bad r, lora_alpha or pattern ({error!r})."
+            f"{ADAPTER_CONFIG} of the adapter has a bad r, lora_alpha or pattern ({error!r})."
         ) from None

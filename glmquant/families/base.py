@@ -16,6 +16,8 @@ from ..errors import SourceError
 
 Config = Mapping[str, Any]
 
+_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
 
 class Role(str, Enum):
     """What a tensor is for; decides whether it is quantized."""
@@ -149,6 +151,11 @@ class Family:
                     f"config.json sets {key} to {config[key]!r}, a variant of {self.name} that no published "
                     f"model uses and glmquant does not know (only {expected!r})."
                 )
+        for key in ("layernorm_epsilon", "rms_norm_eps", "rope_ratio"):
+            number = config.get(key, 1)
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
+                raise SourceError(f"config.json gives {key} as {number!r}; it must be a positive number.")
+        stated_dtype(config)
         try:
             dims = self.read_dims(config)
             if self.native_config is not None:
@@ -157,10 +164,6 @@ class Family:
             raise SourceError(f"config.json of this {self.name} model lacks {error}.") from None
         except (TypeError, ValueError, ArithmeticError) as error:
             raise SourceError(f"config.json of this {self.name} model has a bad value: {error}.") from None
-        for key in ("layernorm_epsilon", "rms_norm_eps", "rope_ratio"):
-            number = config.get(key, 1)
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
-                raise SourceError(f"config.json gives {key} as {number!r}; it must be a positive number.")
         for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context"):
             value = getattr(dims, field)
             if type(value) is not int or value <= 0:  # a bool is an int too
@@ -229,9 +232,18 @@ class Family:
 def stated_dtype(config: Config) -> str:
     """The dtype a model is run in, as safetensors spells it; half where config.json is silent, as all THUDM
     models were.
+
+    Raises:
+        SourceError: config.json states something else than float16, bfloat16 or float32.
     """
-    stated = str(config.get("dtype") or config.get("torch_dtype") or "float16")
-    return {"bfloat16": "BF16", "float32": "F32"}.get(stated.removeprefix("torch."), "F16")
+    key = "dtype" if config.get("dtype") else "torch_dtype"
+    stated = config.get(key) or "float16"
+    dtype = _DTYPES.get(str(stated).removeprefix("torch."))
+    if dtype is None:
+        raise SourceError(
+            f"config.json gives {key} as {stated!r}; a model is run in float16, bfloat16 or float32."
+        )
+    return dtype
 
 
 def per_layer(prefix: str, rows: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:

@@ -87,6 +87,8 @@ FAMILY = Family(
     unsupported={
         "add_bias_linear": False,
         "apply_residual_connection_post_layernorm": False,
+        "fp32_residual_connection": False,
+        "original_rope": True,
         "post_layer_norm": True,
         "rmsnorm": True,
     },

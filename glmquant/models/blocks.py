@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..families import Role, TensorSpec
 from .building import Checkpoint, build
-from .loading import check_tied, fill
+from .loading import check_tied, fill, unmap
 from .placement import Placement
 
 
@@ -95,17 +95,13 @@ class BlockwiseModel:
         with self._filled([head]):
             yield self._model.get_output_embeddings()
 
-    def close(self) -> None:
-        """Let go of the files."""
-        for shard in {info.shard for info in self._checkpoint.source.infos().values()}:
-            self._checkpoint.source.release(shard)
-
     @contextmanager
     def _filled(self, specs: Iterable[TensorSpec]) -> Iterator[None]:
         names = [n for s in specs for n in fill(self._model, self._checkpoint, s, self._placement)]
         yield
         for name in names:
             self._placement.release(name)
+        unmap(self._checkpoint)
 
     def _embed(self, windows: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
         """Embedded windows [1, length, hidden], and what else a layer is given: the same for every window."""

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .. import families, formats, hub
 from .._open import PathLike
 from .._sidecars import stop_ids
-from ..checkpoint.adapter import AdapterSource
+from ..checkpoint.adapter import ADAPTER_CONFIG, AdapterSource
 from ..checkpoint.decoded import DecodedSource
 from ..checkpoint.files import read_json
 from ..checkpoint.source import TensorSource, open_folder
 from ..errors import SourceError, UsageError
-from ..families import Dims, Family, Part, Role, TensorSpec
+from ..families import Config, Dims, Family, Part, Role, TensorSpec
 from ..formats import Format, StoredWeight
 from ..plan import check_source
 from ..tokenizers import kind_of
@@ -56,7 +57,8 @@ def open_checkpoint(path: PathLike, adapter: PathLike | None = None) -> Checkpoi
         QuantizedSourceError: it is quantized in a way that is not known here.
         UsageError: an adapter is to be merged into quantized weights.
     """
-    source = open_folder(hub.local_folder(path))
+    folder, adapter = _with_adapter(hub.local_folder(path), adapter)
+    source = open_folder(folder)
     family = families.detect(source.config)
     dims = family.dims(source.config)
     stored_as = formats.detect(source.config)
@@ -66,19 +68,37 @@ def open_checkpoint(path: PathLike, adapter: PathLike | None = None) -> Checkpoi
         if quantized:
             raise UsageError(
                 f"{source.folder} is quantized ({stored_as.name}), and an adapter cannot be merged into packed "
-                "weights; load the 16-bit base with it, or convert that base with --adapter."
+                "weights; load the 16-bit base with it, or convert that base with --adapter"
+                + (f" (to load without it, move {ADAPTER_CONFIG} away)." if adapter == folder else ".")
             )
         source = AdapterSource(source, Path(adapter).expanduser(), family, dims)
     return Checkpoint(source, family, dims, stored_as, quantized)
+
+
+def _with_adapter(folder: Path, adapter: PathLike | None) -> tuple[Path, PathLike | None]:
+    """The folder of the base, and the LoRA to merge: by itself one that lies there, as in transformers."""
+    if adapter is not None or not (folder / ADAPTER_CONFIG).exists():
+        return folder, adapter
+    if (folder / "config.json").exists():
+        return folder, folder
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not (isinstance(base, str) and base and Path(base).is_dir()):
+        raise SourceError(
+            f"{folder} holds an adapter, and its base model ({base!r:.200}) is no folder on this machine; use "
+            f"glmquant.load(BASE, adapter={str(folder)!r})."
+        )
+    return Path(base), folder
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
     """The model of `checkpoint` with its parameters on the meta device."""
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        model_class, config = _class_and_config(checkpoint)
+        model_class, config = class_and_config(checkpoint.family, checkpoint.source.config)
         with torch.device("meta"):
             model = model_class._from_config(config, dtype=dtype, **options)
+    except StrictDataclassError as error:
+        raise bad_field(error, checkpoint.source.config, checkpoint.source.folder) from error
     except (AssertionError, ArithmeticError, KeyError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise SourceError(
@@ -96,9 +116,18 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation: str |
     return model
 
 
-def _class_and_config(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    config = checkpoint.source.config
-    if checkpoint.family.name == "chatglm":
+def bad_field(error: StrictDataclassError, config: Config, folder: Path) -> SourceError:
+    """What to say where transformers' configuration refuses the type of a value in the ``config.json`` of `folder`."""
+    field = str(error).partition("'")[2].partition("'")[0]
+    return SourceError(
+        f"config.json of {folder} gives {field} as {config.get(field)!r:.80}, which is of the wrong type."
+    )
+
+
+def class_and_config(family: Family, config: Config) -> tuple[Any, Any]:
+    """The model class for a ``config.json`` of `family`, and the configuration that it takes."""
+    if family.name == "chatglm":
+        _check_special_ids(config)
         from .chatglm import ChatGLMForConditionalGeneration
 
         unwanted = ("auto_map", "quantization_bit", "quantization_embeddings")
@@ -106,11 +135,28 @@ def _class_and_config(checkpoint: Checkpoint) -> tuple[Any, Any]:
         return ChatGLMForConditionalGeneration, ChatGLMForConditionalGeneration.config_class.from_dict(values)
     from . import glm
 
-    assert checkpoint.family.native_config is not None
-    values = checkpoint.family.native_config(config)
+    assert family.native_config is not None
+    values = family.native_config(config)
     values.pop("quantization_config", None)  # would tell transformers that it has quantized the model itself
-    model_class = glm.Glm4ForCausalLM if checkpoint.family.name == "glm4" else glm.GlmForCausalLM
+    model_class = glm.Glm4ForCausalLM if family.name == "glm4" else glm.GlmForCausalLM
     return model_class, model_class.config_class.from_dict(values)
+
+
+def _check_special_ids(config: Config) -> None:
+    """ChatGLM-6B finds the end of the prompt by these ids, and computes something else where they are wrong."""
+    bos, rows = config.get("bos_token_id"), config["vocab_size"]
+    if type(bos) is not int or not 0 <= bos < rows:
+        raise SourceError(
+            f"config.json gives bos_token_id as {bos!r}; it must be the id of <sop>, below {rows}."
+        )
+    # [MASK] [gMASK] [sMASK] <sop> <eop> follow each other in both published vocabularies.
+    for key, distance in (("mask_token_id", -4), ("gmask_token_id", -3), ("eos_token_id", 1)):
+        stated = config.get(key)
+        if isinstance(stated, int) and stated != bos + distance:
+            raise SourceError(
+                f"config.json gives bos_token_id as {bos} and {key} as {stated}; in ChatGLM-6B's vocabulary, {key} is "
+                f"bos_token_id {distance:+d}."
+            )
 
 
 def _packed(layer: nn.Module, weight: StoredWeight, dtype: torch.dtype) -> nn.Module:

@@ -6,6 +6,7 @@ messages; what a prompt looks like is in `glmquant.prompts`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,19 +118,20 @@ def chat(
         num_beams: beams to search with.
         do_sample: sample; False takes the likeliest token each time.
         top_p: see `Sampling`; the published value by default.
-        temperature: see `Sampling`; the published value by default.
+        temperature: see `Sampling`; the published value by default. 0 is do_sample=False.
         logits_processor: further logits processors.
         truncate: when the prompt is too long, leave out the oldest part of the history instead of refusing. What
             is returned still has all of it.
         encode_special_tokens: see `glmquant.prompts.Prompt`.
-        kwargs: for `generate`, such as max_new_tokens.
+        kwargs: for `generate`, such as max_new_tokens; an eos_token_id takes the place of the generation's.
 
     Returns:
         The response and the history with it. The response is text, or for a tool call a dictionary with the
         tool's name and its `parameters` (or `content`, where that is not a call with literal arguments).
 
     Raises:
-        UsageError: a history of the wrong form, a prompt longer than the context, a tokenizer of another model.
+        UsageError: a history of the wrong form, a prompt longer than the context, a tokenizer of another model, an
+            option that makes no sense.
     """
     request = _request(
         model, tokenizer, query, history, role, max_length, do_sample, top_p, temperature, logits_processor,
@@ -265,8 +267,10 @@ def _request(
 ) -> _Request:
     prompt = prompt_for(tokenizer, encode_special_tokens=encode_special_tokens)
     checked = prompt.history(history)
+    new_tokens, stops = kwargs.pop("max_new_tokens", None), kwargs.pop("eos_token_id", None)
+    _check_options(max_length, new_tokens, top_p, temperature, stops)
+    do_sample = do_sample and temperature != 0
     limit = min(prompt.sampling.max_length if max_length is None else max_length, _context(model))
-    new_tokens = kwargs.pop("max_new_tokens", None)
     room = limit // _ROOM if new_tokens is None else new_tokens
     ids = _fit(prompt, query, checked, role, limit, room if truncate else None)
     _check_rows(model, ids)
@@ -285,12 +289,10 @@ def _request(
         "do_sample": do_sample,
         **(sampling if do_sample else dict.fromkeys(sampling)),
         "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": prompt.stop_ids(),
+        "eos_token_id": _stop_ids(prompt, model) if stops is None else _listed(stops),
         "logits_processor": LogitsProcessorList(processors),
         **kwargs,
     }
-    if isinstance(arguments["eos_token_id"], int):
-        arguments["eos_token_id"] = [arguments["eos_token_id"]]
     return _Request(prompt, query, checked, role, ids, input_ids, arguments)
 
 
@@ -309,6 +311,41 @@ def _fit(prompt: Prompt, query: str, history: History, role: str, limit: int, ro
             f"or the context of the model); {advice}."
         )
     return ids
+
+
+def _check_options(
+    max_length: object, max_new_tokens: object, top_p: object, temperature: object, eos_token_id: object
+) -> None:
+    """Refuse what is neither None nor a value that makes sense."""
+
+    def whole(value: object, low: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+    def number(value: object, high: float) -> bool:
+        return isinstance(value, (int, float)) and 0 <= value <= high
+
+    stops = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+    for name, value, fits, form in (
+        ("max_length", max_length, whole(max_length, 1), "a whole number from 1 on"),
+        ("max_new_tokens", max_new_tokens, whole(max_new_tokens, 1), "a whole number from 1 on"),
+        ("top_p", top_p, number(top_p, 1), "a number from 0 to 1"),
+        ("temperature", temperature, number(temperature, sys.float_info.max), "a number from 0 on"),
+        ("eos_token_id", eos_token_id, all(whole(stop, 0) for stop in stops), "an id or a list of ids"),
+    ):
+        if value is not None and not fits:
+            raise UsageError(f"{name} must be {form}, not {value!r:.60}.")
+
+
+def _stop_ids(prompt: Prompt, model: Any) -> list[int]:
+    """Ids that end an answer: those of the format, and for a template, which tells none, the model's own too."""
+    ids = prompt.stop_ids()
+    if prompt.kind == "template":
+        ids += _listed(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+    return list(dict.fromkeys(ids))
+
+
+def _listed(ids: int | Sequence[int] | None) -> list[int]:
+    return [ids] if isinstance(ids, int) else list(ids or ())
 
 
 def _context(model: Any) -> int:

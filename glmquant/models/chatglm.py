@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..errors import UsageError
 from ..families import Dims
 from ..families.chatglm import FAMILY
+from .beside_chat import BesideChatMixin
 from .chat import ChatMixin
 from .chatglm_config import ChatGLMConfig
 from .chatglm_positions import (
@@ -52,9 +53,12 @@ def eager_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention in plain operations, which also returns its weights; see transformers' attention interface."""
-    scores = torch.matmul(query * scaling, key.transpose(2, 3)).float()
+    # In float32, as THUDM's scores fit into float16 only after their division by the layer's number.
+    scores = torch.matmul(query.float() * scaling, key.float().transpose(2, 3))
     if attention_mask is not None:
-        scores = scores + attention_mask
+        # The lowest number of float16, which says "not seen", is within reach of these scores.
+        unseen = attention_mask == torch.finfo(attention_mask.dtype).min
+        scores = (scores + attention_mask).masked_fill(unseen, torch.finfo(scores.dtype).min)
     weights = functional.dropout(scores.softmax(-1).to(query.dtype), dropout, module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -278,7 +282,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return mask
 
 
-class ChatGLMForConditionalGeneration(ChatMixin, RuntimeMixin, ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(
+    ChatMixin, BesideChatMixin, RuntimeMixin, ChatGLMPreTrainedModel, GenerationMixin
+):
     """ChatGLM-6B with its head; parameters are named as in THUDM's checkpoints."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}

@@ -10,6 +10,7 @@ from transformers import Glm4Config, GlmConfig
 from transformers.models.glm import modeling_glm as glm
 from transformers.models.glm4 import modeling_glm4 as glm4
 
+from .beside_chat import BesideChatMixin
 from .chat import ChatMixin
 from .quantized import CheckedEmbedding
 from .runtime import PreciseRotary, RuntimeMixin
@@ -23,7 +24,7 @@ class Glm4Rotary(PreciseRotary, glm4.Glm4RotaryEmbedding):
     """See `PreciseRotary`."""
 
 
-class GlmForCausalLM(ChatMixin, RuntimeMixin, glm.GlmForCausalLM):
+class GlmForCausalLM(ChatMixin, BesideChatMixin, RuntimeMixin, glm.GlmForCausalLM):
     """The architecture of ChatGLM2-6B, ChatGLM3-6B, ChatGLM3-6B-32K, GLM-4-9B-chat and GLM-4-9B-hf."""
 
     def __init__(self, config: GlmConfig) -> None:
@@ -32,7 +33,7 @@ class GlmForCausalLM(ChatMixin, RuntimeMixin, glm.GlmForCausalLM):
         self.model.embed_tokens.__class__ = CheckedEmbedding
 
 
-class Glm4ForCausalLM(ChatMixin, RuntimeMixin, glm4.Glm4ForCausalLM):
+class Glm4ForCausalLM(ChatMixin, BesideChatMixin, RuntimeMixin, glm4.Glm4ForCausalLM):
     """The architecture of GLM-4-0414."""
 
     def __init__(self, config: Glm4Config) -> None:

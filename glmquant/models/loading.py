@@ -73,7 +73,7 @@ def load(
     with torch.no_grad():
         for spec in checkpoint.present():
             if spec.layer != layer:
-                _unmap(
+                unmap(
                     checkpoint
                 )  # pages of the file count as memory of the process as long as they are mapped
                 layer = spec.layer
@@ -81,12 +81,13 @@ def load(
                 check_tied(checkpoint, spec)
             else:
                 fill(model, checkpoint, spec, placement)
-    _unmap(checkpoint)
+    unmap(checkpoint)
     placement.finish()
     return model.eval()
 
 
-def _unmap(checkpoint: Checkpoint) -> None:
+def unmap(checkpoint: Checkpoint) -> None:
+    """Let go of the files; they are opened again where more is read."""
     for shard in {info.shard for info in checkpoint.source.infos().values()}:
         checkpoint.source.release(shard)
 
@@ -95,6 +96,11 @@ def compute_dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> to
     """What a model computes in; see `load`."""
     if dtype is None or dtype == "auto":
         return torch_dtype(families.stated_dtype(checkpoint.source.config))
+    return checked_dtype(dtype)
+
+
+def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype that is meant; `UsageError` where a model cannot compute in it."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2):
         raise UsageError(f"dtype {dtype!r} is not one to compute in; use float16, bfloat16 or float32.")

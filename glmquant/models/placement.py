@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,10 +56,17 @@ class Placement:
             raise UsageError("device and device_map contradict each other; pass one of them.")
         else:
             self._map = _resolve(model, device_map, max_memory)
+        if self._spread:
+            _require_accelerate()
         self._folder = None if offload_folder is None else Path(offload_folder).expanduser()
         self._index: dict[str, Any] = {}
         if "disk" in self._map.values():
             self._prepare_folder(checkpoint)
+
+    @property
+    def _spread(self) -> bool:
+        """Whether there is more than one place."""
+        return len(set(self._map.values())) > 1 or "disk" in self._map.values()
 
     def _prepare_folder(self, checkpoint: Path) -> None:
         if self._folder is None:
@@ -115,7 +123,7 @@ class Placement:
 
     def finish(self) -> None:
         """Move what is no parameter, and let accelerate bring layers and activations together."""
-        if len(set(self._map.values())) == 1 and "disk" not in self._map.values():
+        if not self._spread:
             self._model.to(next(iter(self._map.values())))
             return
         from accelerate import dispatch_model
@@ -127,6 +135,13 @@ class Placement:
             self._map,
             offload_dir=None if self._folder is None else str(self._folder),
             skip_keys=self._model._skip_keys_device_placement,
+        )
+
+
+def _require_accelerate() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise UsageError(
+            "a device_map needs accelerate: pip install 'glmquant[offload]'; or pass one device instead."
         )
 
 
@@ -150,13 +165,10 @@ def _resolve(
         return {name: d if d == "disk" else _checked(d) for name, d in device_map.items()}
     if device_map not in _STRATEGIES:
         return {"": _checked(device_map)}
-    try:
-        from accelerate import infer_auto_device_map
-        from accelerate.utils import get_balanced_memory
-    except ImportError:
-        raise UsageError(
-            f"device_map={device_map!r} needs accelerate: pip install accelerate; or pass device."
-        ) from None
+    _require_accelerate()
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
     limits = None if max_memory is None else dict(max_memory)
     whole = model._no_split_modules
     if device_map != "sequential":

@@ -20,6 +20,10 @@ from .quantized import QuantizedEmbedding, QuantizedLinear
 logger = logging.getLogger(__name__)
 
 _SCALE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+# What THUDM's quantize() takes beside, about kernels to compile and caches to keep; there is nothing like it here.
+_WITHOUT_EFFECT = frozenset({
+    "compile_parallel_kernel", "kernel_file", "parallel_num", "source_code", "use_quantization_cache",
+})  # fmt: skip
 # Weights in one call of a quantizer: see `glmquant._quantize`; a GPU wants few, large launches.
 _BLOCK_WEIGHTS = {"cpu": 1 << 19}
 _LARGE_BLOCK_WEIGHTS = 1 << 24
@@ -71,6 +75,7 @@ class RuntimeMixin:
         *,
         group_size: int | None = 128,
         method: str = "mse",
+        **kwargs: Any,
     ) -> Self:
         """Quantize every linear layer but the output head in place, one after the other.
 
@@ -81,6 +86,7 @@ class RuntimeMixin:
             group_size: columns that share a scale (32, 64, 128), None for the whole row. Where a group does not
                 divide the width of a layer, the next smaller one that does is used, and the row if there is none.
             method: ``mse`` or ``rtn``, see `glmquant.quantizers`.
+            kwargs: what else THUDM's method has, such as `kernel_file`, is accepted and means nothing here.
 
         Returns:
             The model itself. One that is quantized already is left as it is, with a warning, as in THUDM's code.
@@ -89,6 +95,13 @@ class RuntimeMixin:
             UsageError: bits, groups or a method that do not exist, or a model spread over devices.
             QuantizationError: a weight holds NaN or infinity; names the layer.
         """
+        if kwargs.pop("quantize_embeddings", False):
+            raise UsageError(
+                "quantize() leaves the embedding as it is; glmquant.convert with quantize_embeddings writes a "
+                "checkpoint in which it is quantized."
+            )
+        if unknown := sorted(kwargs.keys() - _WITHOUT_EFFECT):
+            raise UsageError(f"quantize() has no option {', '.join(unknown)}; leave it out.")
         Scheme(bits, group_size)  # refuses what does not exist, before anything is changed
         quantizer = quantizers.get(method)
         if self.quantized_bits is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable, Generator, Sequence
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Transcript:
         self.ids: list[int] = []
         self.text = ""
         # ids[:shown] are in text; ids[context:shown] are decoded once more with what follows, because the
-        # space in front of a piece depends on whether it comes first.
+        # space in front of a piece depends on whether it comes first. They begin with a piece that shows.
         self._context = self._shown = 0
 
     def add(self, row: int) -> bool:
@@ -49,7 +50,10 @@ class Transcript:
         if after == before or (patient and after.endswith(_HALF)):
             return False
         self.text = self.text[: len(self.text) - len(before)] + after
-        self._context, self._shown = self._shown, len(self.ids)
+        latest = self._decode(self.ids[self._shown :])
+        if latest.strip() and self.text.endswith(latest):
+            self._context = self._shown
+        self._shown = len(self.ids)
         return True
 
     def whole(self) -> str:
@@ -84,6 +88,58 @@ class _Stopped(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
+class _Generation(threading.Thread):
+    """Runs ``model.generate``, whose ids go to a queue, and in the end None or the error.
+
+    A daemon, since Python waits for other threads before it runs what is registered with atexit.
+    """
+
+    running: ClassVar[set[_Generation]] = set()
+
+    def __init__(self, model: Any, input_ids: Tensor, arguments: dict[str, Any]) -> None:
+        super().__init__(name="glmquant-generate", daemon=True)
+        self.queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
+        self._model, self._input_ids = model, input_ids
+        self._stop_asked, self._done = threading.Event(), threading.Event()
+        criteria = [*(arguments.get("stopping_criteria") or ()), _Stopped(self._stop_asked)]
+        self._arguments = {**arguments, "stopping_criteria": StoppingCriteriaList(criteria)}
+
+    def start(self) -> None:
+        self.running.add(self)
+        super().start()
+
+    def run(self) -> None:
+        try:
+            self._model.generate(self._input_ids, streamer=_Tokens(self.queue), **self._arguments)
+            self.queue.put(None)
+        except BaseException as error:  # whatever it was belongs to the caller
+            self.queue.put(error)
+        finally:
+            self.running.discard(self)
+            self._done.set()
+
+    def finish(self) -> None:
+        """Stop and wait, also when Ctrl-C comes meanwhile: that is raised afterwards."""
+        self._stop_asked.set()
+        interrupt = None
+        # Not join() at once: interrupted, it takes a thread for ended that is not (Python 3.10 to 3.12).
+        while not self._done.is_set():
+            try:
+                self._done.wait()
+            except KeyboardInterrupt as error:
+                interrupt = error
+        self.join()
+        if interrupt is not None:
+            raise interrupt
+
+
+@atexit.register
+def _finish_all() -> None:
+    """Generators that nobody closed: a thread inside of torch while Python goes down aborts the process."""
+    for generation in list(_Generation.running):
+        generation.finish()
+
+
 def generate_tokens(model: Any, input_ids: Tensor, **arguments: Any) -> Generator[int, None, None]:
     """Run ``model.generate`` in a thread and yield the ids of the answer one by one.
 
@@ -95,26 +151,12 @@ def generate_tokens(model: Any, input_ids: Tensor, **arguments: Any) -> Generato
         input_ids: int64 [1, length].
         arguments: for `generate`; no `streamer`, and one beam.
     """
-    queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
-    stop = threading.Event()
-    arguments["stopping_criteria"] = StoppingCriteriaList(
-        [*(arguments.get("stopping_criteria") or ()), _Stopped(stop)]
-    )
-
-    def work() -> None:
-        try:
-            model.generate(input_ids, streamer=_Tokens(queue), **arguments)
-            queue.put(None)
-        except BaseException as error:  # whatever it was belongs to the caller
-            queue.put(error)
-
-    thread = threading.Thread(target=work, name="glmquant-generate", daemon=True)
-    thread.start()
+    generation = _Generation(model, input_ids, arguments)
+    generation.start()
     try:
-        while (row := queue.get()) is not None:
+        while (row := generation.queue.get()) is not None:
             if isinstance(row, BaseException):
                 raise row
             yield row
     finally:
-        stop.set()
-        thread.join()
+        generation.finish()

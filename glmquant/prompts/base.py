@@ -159,6 +159,8 @@ class TurnPrompt(Prompt):
         return turns
 
     def _from_messages(self, messages: Sequence[Message]) -> list[Turn]:
+        if messages[0].get("role") == "system":
+            raise UsageError(f"{self.name} has no system role; say it in the first query.")
         for message, role in zip(messages, ("user", "assistant") * len(messages), strict=False):
             if message.get("role") != role or len(messages) % 2:
                 raise self._form(message)

@@ -73,7 +73,7 @@ class TemplatePrompt(Prompt):
         return [*history[:keep], *history[later:]]
 
     def stop_ids(self) -> list[int]:
-        """The tokenizer's eos."""
+        """The tokenizer's eos; `chat` adds those of the model's generation_config."""
         return [self.fallback]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -89,6 +89,15 @@ class ChatGLM2Tokenizer(OriginalTokenizer):
         """The ids in front of every text: ``[gMASK] sop``."""
         return [self._special["[gMASK]"], self._special["sop"]]
 
+    def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
+        """The text of ChatGLM2-6B's prompt, without ``[gMASK] sop``; see `glmquant.prompts`."""
+        from ..prompts import ChatGLM2Prompt
+
+        if self.kind != "chatglm2":
+            raise UsageError("ChatGLM3's prompt is no text; use build_chat_input, or model.chat.")
+        prompt = ChatGLM2Prompt(self)
+        return prompt.text(query, prompt.history(history))
+
     def apply_chat_template(
         self,
         conversation: Any,
@@ -180,6 +189,26 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     ) -> None:
         self.encode_special_tokens = encode_special_tokens
         super().__init__(vocab_file, encode_special_tokens=encode_special_tokens, **options)
+
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        """The ids of one message of a conversation."""
+        said = {"role": role, "metadata": metadata, "content": message}
+        prompt = self._prompt()
+        return list(prompt.message_ids(*prompt.history([said])))
+
+    def build_chat_input(
+        self, query: str, history: list[dict[str, Any]] | None = None, role: str = "user"
+    ) -> Any:
+        """What ``model.chat`` feeds to the model: tensors [1, seq]."""
+        prompt = self._prompt()
+        return self.pad(
+            {"input_ids": [prompt.ids(query, prompt.history(history), role)]}, return_tensors="pt"
+        )
+
+    def _prompt(self) -> Any:
+        from ..prompts import prompt_for
+
+        return prompt_for(self, encode_special_tokens=self.encode_special_tokens)
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
         if not self.encode_special_tokens:

@@ -66,6 +66,14 @@ class ChatGLM4Tokenizer(OriginalTokenizer):
         """The ids in front of every text: ``[gMASK] <sop>``."""
         return [self._added_tokens_encoder["[gMASK]"], self._added_tokens_encoder["<sop>"]]
 
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        """The ids of one message of a conversation; see `glmquant.prompts.GLM4Prompt.message_ids`."""
+        from ..prompts import GLM4Prompt
+
+        prompt = GLM4Prompt(self)
+        said = {"role": role, "metadata": metadata, "content": message}
+        return list(prompt.message_ids(*prompt.history([said])))
+
     def _tokenize(self, text: str, **_: Any) -> list[str]:
         return [self._convert_id_to_token(row) for row in self._encoding.encode_ordinary(text)]
 
