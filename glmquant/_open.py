@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import families, formats, hub
-from .checkpoint.adapter import AdapterSource
+from .checkpoint.adapter import AdapterSource, with_adapter
 from .checkpoint.decoded import DecodedSource
 from .checkpoint.source import TensorSource, open_folder
 from .errors import QuantizedSourceError
@@ -56,12 +56,16 @@ def open_described(ref: PathLike) -> TensorSource:
 
 
 def open_source(ref: PathLike, adapter: PathLike | None = None) -> OpenedSource:
-    """Open a checkpoint for conversion, decoding THUDM's INT4 / INT8 and merging `adapter` on the way.
+    """Open a checkpoint for conversion, decoding THUDM's INT4 / INT8 and merging `adapter`, or a LoRA that lies in the
+    folder, on the way.
 
     Raises:
         SourceError: it is no sound checkpoint of a known family.
         QuantizedSourceError: it is quantized in a way that cannot be converted from.
     """
+    found = hub.resolve(ref)
+    if found.folder is not None:
+        ref, adapter = with_adapter(found.folder, adapter)
     source = open_described(ref)
     remote = source if isinstance(source, HubSource) else None
     folder = source.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,18 @@ def test_an_adapter_for_thudms_code(variant: str, safe: bool, base: Path, tmp_pa
     merged = train(skeleton(original_weights()), config, tmp_path / "adapter", safe=safe)
     convert(base, tmp_path / "out", Recipe(bits=16), adapter=tmp_path / "adapter")
     close_to(load_file(tmp_path / "out" / "model.safetensors"), native(merged))
+
+
+def test_an_adapter_beside_the_base_is_merged_without_being_asked(original: Path, tmp_path: Path) -> None:
+    """As transformers does when such a folder is loaded."""
+    train(skeleton(original_weights()), lora(), tmp_path / "adapter")
+    convert(original, tmp_path / "asked", Recipe(bits=16), adapter=tmp_path / "adapter")
+    both = shutil.copytree(original, tmp_path / "both")
+    shutil.copytree(tmp_path / "adapter", both, dirs_exist_ok=True)
+    found = convert(both, tmp_path / "out", Recipe(bits=16))
+    assert found.report["source"]["adapter"] is True
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert written == (tmp_path / "asked" / "model.safetensors").read_bytes()
 
 
 def test_the_first_chatglm(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ be stored either way: rows are matched through the family's table.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +85,27 @@ class _Factors:
             block = rows[start : start + step]
             own = slice(first + start, first + start + block.shape[0])
             block += (self.b[own] @ self.a).mul_(self.b_unit[own]).mul_(self.a_unit).float()
+
+
+def with_adapter(
+    folder: Path, adapter: str | os.PathLike[str] | None
+) -> tuple[Path, str | os.PathLike[str] | None]:
+    """The folder of the base, and the LoRA to merge: without being asked, one that lies there, as in transformers.
+
+    Raises:
+        SourceError: `folder` holds an adapter alone, and its base is not on this machine.
+    """
+    if adapter is not None or not (folder / ADAPTER_CONFIG).exists():
+        return folder, adapter
+    if (folder / "config.json").exists():
+        return folder, folder
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not (isinstance(base, str) and base and Path(base).is_dir()):
+        raise SourceError(
+            f"{folder} holds an adapter, and its base model ({base!r:.200}) is no folder on this machine; use "
+            f"the base with this folder as its adapter: glmquant.load(BASE, adapter={str(folder)!r}), or --adapter."
+        )
+    return Path(base), folder
 
 
 class AdapterSource:

@@ -14,7 +14,7 @@ from torch import nn
 from .. import families, formats, hub
 from .._open import PathLike
 from .._sidecars import stop_ids
-from ..checkpoint.adapter import ADAPTER_CONFIG, AdapterSource
+from ..checkpoint.adapter import ADAPTER_CONFIG, AdapterSource, with_adapter
 from ..checkpoint.decoded import DecodedSource
 from ..checkpoint.files import read_json
 from ..checkpoint.source import TensorSource, open_folder
@@ -57,7 +57,7 @@ def open_checkpoint(path: PathLike, adapter: PathLike | None = None) -> Checkpoi
         QuantizedSourceError: it is quantized in a way that is not known here.
         UsageError: an adapter is to be merged into quantized weights.
     """
-    folder, adapter = _with_adapter(hub.local_folder(path), adapter)
+    folder, adapter = with_adapter(hub.local_folder(path), adapter)
     source = open_folder(folder)
     family = families.detect(source.config)
     dims = family.dims(source.config)
@@ -73,21 +73,6 @@ def open_checkpoint(path: PathLike, adapter: PathLike | None = None) -> Checkpoi
             )
         source = AdapterSource(source, Path(adapter).expanduser(), family, dims)
     return Checkpoint(source, family, dims, stored_as, quantized)
-
-
-def _with_adapter(folder: Path, adapter: PathLike | None) -> tuple[Path, PathLike | None]:
-    """The folder of the base, and the LoRA to merge: by itself one that lies there, as in transformers."""
-    if adapter is not None or not (folder / ADAPTER_CONFIG).exists():
-        return folder, adapter
-    if (folder / "config.json").exists():
-        return folder, folder
-    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not (isinstance(base, str) and base and Path(base).is_dir()):
-        raise SourceError(
-            f"{folder} holds an adapter, and its base model ({base!r:.200}) is no folder on this machine; use "
-            f"glmquant.load(BASE, adapter={str(folder)!r})."
-        )
-    return Path(base), folder
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
