@@ -134,14 +134,17 @@ def _check_special_ids(config: Config) -> None:
         raise SourceError(
             f"config.json gives bos_token_id as {bos!r}; it must be the id of <sop>, below {rows}."
         )
-    # [MASK] [gMASK] [sMASK] <sop> <eop> follow each other in both published vocabularies.
-    for key, distance in (("mask_token_id", -4), ("gmask_token_id", -3), ("eos_token_id", 1)):
+    seen = {bos: "bos_token_id"}
+    for key in ("mask_token_id", "gmask_token_id", "eos_token_id"):
         stated = config.get(key)
-        if isinstance(stated, int) and stated != bos + distance:
+        if not isinstance(stated, int):
+            continue
+        if not 0 <= stated < rows or stated in seen:
+            other = f", which is {seen[stated]}" if stated in seen else ""
             raise SourceError(
-                f"config.json gives bos_token_id as {bos} and {key} as {stated}; in ChatGLM-6B's vocabulary, {key} is "
-                f"bos_token_id {distance:+d}."
+                f"config.json gives {key} as {stated}{other}; it must be an id of its own, below {rows}."
             )
+        seen[stated] = key
 
 
 def _packed(layer: nn.Module, weight: StoredWeight, dtype: torch.dtype) -> nn.Module:
