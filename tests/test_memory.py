@@ -28,7 +28,7 @@ def full_size(name: str, recipe: Recipe) -> Model:
 def first_generation(folder: Path) -> Path:
     tensors = random_tensors(CHATGLM)
     tensors["lm_head.weight"] = tensors["transformer.word_embeddings.weight"].clone()
-    return write_model(folder, CHATGLM, tensors)
+    return write_model(folder, {**CHATGLM, "bos_token_id": 90, "eos_token_id": 91}, tensors)
 
 
 @pytest.fixture(scope="module", params=["first", "later"])

@@ -74,7 +74,7 @@ def test_activations_are_what_the_allocator_gave_out(
     held = replace(Model.of_checkpoint(open_folder(folder)), dtype=dtype)
     predicted = estimate(held, Workload(512, 2), device="cpu")
     found = allocated_peak(model, ids, tmp_path)
-    assert predicted.allocated - predicted.resident == pytest.approx(found, rel=0.02)
+    assert predicted.allocated - predicted.resident == pytest.approx(found, rel=0.03)
 
 
 @pytest.mark.slow
