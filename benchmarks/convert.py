@@ -153,9 +153,9 @@ def _breakdown(source: Path, methods: list[str]) -> dict[str, float]:
     import torch
 
     from glmquant import _quantize, formats, quantizers
-    from glmquant._convert import tuned_for_blocks
     from glmquant._hashing import sha256
     from glmquant._open import open_source
+    from glmquant._workers import tuned_for_blocks
     from glmquant.plan import make_plan
     from glmquant.recipe import Recipe
     from glmquant.scheme import Scheme

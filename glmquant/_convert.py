@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +18,7 @@ from ._open import OpenedSource, PathLike, open_source
 from ._report import build_report, item_entry
 from ._sidecars import sidecar_files, to_json
 from ._version import __version__
+from ._workers import cores, tuned_for_blocks
 from .checkpoint.output import REPORT, OutputFolder, check_out, write_synced
 from .checkpoint.sink import ShardedSink, ShardLayout
 from .checkpoint.source import TensorSource
@@ -30,8 +29,6 @@ from .recipe import Recipe, show_size
 if TYPE_CHECKING:
     from ._device import Gpu
     from ._quantize import Task, TaskResult
-
-_MOST_WORKERS = 8
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the name of what is being worked on."""
@@ -128,16 +125,14 @@ def convert(
     folder = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - resolve() would follow links
     _check_places(opened, folder)
     check_out(folder, force=force)
-    if opened.remote is not None:
-        opened.remote.fetch_sidecars()
+    opened.fetch_sidecars()
     files = sidecar_files(opened.folder, opened.source.config, plan)
     with OutputFolder(folder, _digest(plan, opened), resume=resume, force=force) as output:
         finished = _whole_shards(output, plan)
-        if opened.remote is not None:
-            opened.remote.keep_in(None if keep_source else output.fetched)
-        _check_room(plan, finished, output.partial, opened)
+        fetched = opened.keep_in(None if keep_source else output.fetched)
+        _check_room(plan, finished, output.partial, fetched)
         # Hashing comes first: it has the second in which torch is loaded to itself.
-        with _fetching(opened), BackgroundHasher(opened.source.files) as hasher, tuned_for_blocks():
+        with opened.fetching(), BackgroundHasher(opened.source.files) as hasher, tuned_for_blocks():
             hashes, entries, hints = _write_weights(
                 plan, opened, output, finished, device, workers or cores(), hasher, progress
             )
@@ -196,9 +191,11 @@ def _write_weights(
         else:
             todo.extend(_quantize.tasks(item, fmt.row_multiple))
     hasher.consumed(done)
-    if opened.remote is not None and progress is not None:
-        opened.remote.on_shard = lambda shard, got, size: progress(
-            done, plan.source_nbytes, f"fetching {shard}, {100 * got // max(1, size)} %"
+    if progress is not None:
+        opened.on_fetched(
+            lambda shard, got, size: progress(
+                done, plan.source_nbytes, f"fetching {shard}, {100 * got // max(1, size)} %"
+            )
         )
     shards = _SourceShards(opened.source, todo)
     error = _quantize.ItemError()
@@ -292,17 +289,6 @@ def _in_order(
                 future.cancel()
 
 
-@contextmanager
-def _fetching(opened: OpenedSource) -> Iterator[None]:
-    """While files of a source on a hub may come; they are gone afterwards if all went well."""
-    try:
-        yield
-        if opened.remote is not None:
-            opened.remote.discard()
-    finally:
-        opened.stop_fetching()
-
-
 def _digest(plan: Plan, opened: OpenedSource) -> str:
     """Identifies what would be written, so that nothing else is resumed."""
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in opened.source.files]
@@ -338,10 +324,8 @@ def _check_places(opened: OpenedSource, out: Path) -> None:
             raise OutputError(f"the {what} {folder} is inside OUT {out}; choose another OUT.")
 
 
-def _check_room(plan: Plan, finished: dict[str, Any], folder: Path, opened: OpenedSource) -> None:
-    needed = sum(shard.nbytes for shard in plan.shards if shard.file not in finished)
-    if opened.remote is not None:
-        needed += opened.remote.peak_bytes
+def _check_room(plan: Plan, finished: dict[str, Any], folder: Path, fetched: int) -> None:
+    needed = fetched + sum(shard.nbytes for shard in plan.shards if shard.file not in finished)
     # Not counting on what half-written files take: they are gone by now.
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -358,39 +342,3 @@ def _index(plan: Plan) -> dict[str, Any]:
     total = sum(tensor.nbytes for shard in plan.shards for tensor in shard.tensors)
     weight_map = {name: file for shard in plan.shards for name, file in tensors(shard).items()}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-
-def cores() -> int:
-    """Cores this process may use, but no more than can be fed: hashing and writing take one thread each."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(found, _MOST_WORKERS)
-
-
-@contextmanager
-def tuned_for_blocks() -> Iterator[None]:
-    """Settings of the process for many short operations on blocks of a few megabytes.
-
-    One worker per core beats torch's own threads: no barrier after each of a dozen operations. And glibc by
-    default returns blocks of this size to the kernel when they are freed, and every new one is paid for with page
-    faults, which cost more than the arithmetic; it is told to keep them.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    _keep_freed_blocks(True)
-    try:
-        yield
-    finally:
-        _keep_freed_blocks(False)
-        torch.set_num_threads(threads)
-
-
-def _keep_freed_blocks(keep: bool) -> None:
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # not glibc
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    mallopt(mmap_threshold, 32 << 20 if keep else 128 << 10)
-    mallopt(trim_threshold, 256 << 20 if keep else 128 << 10)

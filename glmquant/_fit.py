@@ -17,8 +17,9 @@ from ._open import OpenedSource
 from ._sensitivity import Measurement, Progress, Unit, measure_opened
 from .errors import DoesNotFitError, UsageError
 from .families import Role
+from .formats import Format
 from .memory import Held, Model, Workload, check_context, estimate, held_bytes, longest_context
-from .plan import make_plan
+from .plan import make_plan, resolve_recipe
 from .recipe import Choice, Fit, Group, Recipe, scheme_name, show_size
 from .scheme import Scheme
 
@@ -66,20 +67,17 @@ def fitted(opened: OpenedSource, recipe: Recipe, progress: Progress | None = Non
     if recipe.group_size is not None or not recipe.symmetric:
         raise UsageError("--fit chooses groups, and symmetric ones; leave out --group-size and --asymmetric.")
     family = families.detect(opened.source.config)
-    if (
-        recipe.bits != 4
-        or (recipe.format or "compressed-tensors") != "compressed-tensors"
-        or family.name == "chatglm"
-    ):
+    alike, fmt = resolve_recipe(replace(recipe, fit=None, group_size="row"), family)
+    if recipe.bits != 4 or not fmt.abilities.mixed:
+        possible = [name for name, other in formats.FORMATS.items() if other.abilities.mixed]
         raise UsageError(
-            "--fit chooses bits for every layer, which needs --format compressed-tensors (not for ChatGLM-6B) and no "
-            "--bits; `glmquant recipes` lists what fits with one choice for all layers."
+            f"--fit chooses bits for every layer, which needs --format {' or '.join(possible)} (not for ChatGLM-6B) "
+            "and no --bits; `glmquant recipes` lists what fits with one choice for all layers."
         )
-    method = make_plan(opened.source, replace(recipe, fit=None, group_size="row")).recipe.method
     workload = Workload(fit.context, fit.batch)
     dtype = families.stated_dtype(opened.source.config)
-    measured = measure_opened(opened, str(method), progress)
-    options = [_options(unit, dtype) for unit in measured.units]
+    measured = measure_opened(opened, str(alike.method), progress)
+    options = [_options(unit, dtype, fmt) for unit in measured.units]
 
     def model(keys: list[tuple[int, Group | None]]) -> Model:
         choices = [
@@ -144,9 +142,9 @@ def _hull(unit: int, options: list[Option]) -> list[Step]:
         current = steps[-1].after
 
 
-def _options(unit: Unit, dtype: str) -> list[Option]:
+def _options(unit: Unit, dtype: str, fmt: Format) -> list[Option]:
     """What a unit can be, the smallest first; nothing that is both larger and worse than another is of use later."""
-    scale = formats.get("compressed-tensors").scale_dtype(dtype)
+    scale = fmt.scale_dtype(dtype)
     found = [Option(_SIXTEEN, sum(held_bytes(Held(Role.LINEAR, unit.shape, None), dtype)), 0.0)]
     for (bits, group), damage in unit.damage.items():
         scheme = Scheme(bits, None if group == "row" else int(group), scale_dtype=scale)  # type: ignore[arg-type]

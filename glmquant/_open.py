@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """A source of 16-bit weights, and how they were stored."""
+    """A source of 16-bit weights, and how they were stored. What only sources on a hub need does nothing for others."""
 
     source: TensorSource
     folder: Path
@@ -27,6 +29,35 @@ class OpenedSource:
     adapter: Path | None
     remote: HubSource | None = None
     """set where `source` reads from a hub"""
+
+    def fetch_sidecars(self) -> None:
+        """Have the files beside the weights in `folder`."""
+        if self.remote is not None:
+            self.remote.fetch_sidecars()
+
+    def keep_in(self, scratch: Path | None) -> int:
+        """Say where fetched weights are to lie: in `scratch`, until they are released, or for good in the cache of the
+        hub's client (None). Returns the most that they will take there, in bytes.
+        """
+        if self.remote is None:
+            return 0
+        self.remote.keep_in(scratch)
+        return self.remote.peak_bytes
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        """While weights are fetched; what lay in `scratch` is gone afterwards if all went well."""
+        try:
+            yield
+            if self.remote is not None:
+                self.remote.discard()
+        finally:
+            self.stop_fetching()
+
+    def on_fetched(self, call: Callable[[str, int, int], None]) -> None:
+        """Have `call` told of a shard's name, the bytes of it that are here, and its size."""
+        if self.remote is not None:
+            self.remote.on_shard = call
 
     def stop_fetching(self) -> None:
         """Let nobody wait any longer for something on a hub."""
@@ -72,13 +103,13 @@ def open_source(ref: PathLike, adapter: PathLike | None = None) -> OpenedSource:
     family = families.detect(source.config)
     dims = family.dims(source.config)
     stored_as = formats.detect(source.config)
-    if stored_as.name == "cpm":
-        source = DecodedSource(source, stored_as, family, dims)
-    elif stored_as.name != "safetensors":
+    if not stored_as.abilities.converts:
         raise QuantizedSourceError(
             f"{hub.resolve(ref)} is quantized already ({stored_as.name}); convert from its 16-bit original. "
             "(THUDM's INT4 and INT8 checkpoints can be converted from.)"
         )
+    if stored_as.quantized(source.config, family, dims):
+        source = DecodedSource(source, stored_as, family, dims)
     if adapter is not None:
         source = AdapterSource(source, Path(adapter).expanduser(), family, dims)
     return OpenedSource(

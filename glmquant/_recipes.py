@@ -163,10 +163,10 @@ def _error(recipe: Recipe, measured: Measurement | None) -> float | None:
 def _objection(recipe: Recipe, family: str, runtime: str) -> str:
     """Why `runtime` does not read what `recipe` gives; empty if it does."""
     if runtime == "llama.cpp":
-        alike = recipe.format == "compressed-tensors" and recipe.group_size == 32 and recipe.symmetric
+        alike = recipe.group_size == 32 and recipe.symmetric
         return "" if alike or recipe.bits == 16 else "GGUF has nothing like it"
-    if runtime != "glmquant" and recipe.format == "cpm":
-        return f"{runtime} does not read THUDM's format"
+    if runtime not in formats.get(str(recipe.format)).abilities.runtimes:
+        return f"{runtime} does not read {recipe.format}"
     if runtime != "glmquant" and family == "chatglm":
         return f"{runtime} has no ChatGLM-6B"
     return ""

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import families, formats
+from . import families
 from ._folders import cache_folder
 from ._open import OpenedSource, PathLike, open_source
-from .checkpoint.source import TensorSource
+from ._workers import cores, tuned_for_blocks
+from .checkpoint.source import TORCH_NAMES, TensorSource
 from .errors import QuantizationError
 from .families import Role, TensorSpec
 from .formats.base import ROW
@@ -160,10 +161,9 @@ def units_of(source: TensorSource) -> Iterator[tuple[str, list[TensorSpec], str 
 
 def _measured(source: TensorSource, method: str, progress: Progress | None) -> Iterator[Unit]:
     from . import quantizers
-    from ._convert import cores, tuned_for_blocks
 
     quantizer = quantizers.get(method)
-    scale = formats.get("compressed-tensors").scale_dtype(families.stated_dtype(source.config))
+    scale = TORCH_NAMES[families.stated_dtype(source.config)]
     todo = list(units_of(source))
     with tuned_for_blocks(), ThreadPoolExecutor(cores(), thread_name_prefix="glmquant-measure") as pool:
         for number, unit in enumerate(pool.map(lambda t: _measured_unit(source, quantizer, scale, *t), todo)):

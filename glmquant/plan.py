@@ -217,13 +217,14 @@ def _tensors(
 ) -> Iterator[LayoutTensor]:
     """The tensors to write. A head that is tied to the embedding may be absent from the source."""
     embedding = ""
+    tied_head = formats.get(str(recipe.format)).abilities.tied_head
     for tensor in family.in_layout(dims, str(recipe.layout)):
         if tensor.role is Role.EMBEDDING:
             embedding = tensor.source
         if tensor.source in infos:
             yield tensor
-        elif tensor.role is Role.HEAD and recipe.format == "cpm" and recipe.quantize_embeddings:
-            yield replace(tensor, source=embedding)  # quantized, THUDM's code reads it under both names
+        elif tensor.role is Role.HEAD and tied_head and recipe.quantize_embeddings:
+            yield replace(tensor, source=embedding)
         elif tensor.role is Role.HEAD and (recipe.quantize_head or recipe.quantize_embeddings):
             raise UsageError(
                 "this model has no output head of its own, it uses the embedding; "

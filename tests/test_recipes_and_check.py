@@ -54,7 +54,7 @@ def test_recipes_table(run: Run, source: Path) -> None:
     result = run("recipes", source, "--context", "256", "--vram", "1GiB", "--runtime", "transformers")
     assert result.exit_code == 0, result.output
     assert re.search(r"^compressed-tensors int4 g32 asym +\d\.\d\d MiB +\d+\.\d\d +-", result.stdout, re.M)
-    assert "note: cpm int4 row: transformers does not read THUDM's format." in result.stdout
+    assert "note: cpm int4 row: transformers does not read cpm." in result.stdout
     assert "note: plain transformers unpacks" in result.stdout
 
 

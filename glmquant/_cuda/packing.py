@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _cuda
-
-FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-"""As the kernels number the dtypes of weights and scales."""
+from .._floats import FLOATS
 
 
 class Layout(IntEnum):

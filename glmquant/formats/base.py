@@ -22,13 +22,29 @@ ROW: Group = "row"
 
 @dataclass(frozen=True)
 class Abilities:
-    """A format's row in the table of what goes together; the first entry of each tuple is the default."""
+    """A format's row in the table of what goes together; the first entry of each tuple is the default.
+
+    Attributes:
+        bits: of quantized weights; 16 where there are none.
+        groups: columns that share a scale.
+        methods: quantizers.
+        layouts: names of tensors.
+        asymmetric_bits: bits with which there may be zero points.
+        runtimes: what reads it.
+        mixed: every layer may have a scheme of its own.
+        converts: a conversion can begin from it.
+        tied_head: a quantized embedding that is the head too is stored under both names.
+    """
 
     bits: tuple[int, ...]
     groups: tuple[Group, ...]
     methods: tuple[str, ...]
     layouts: tuple[str, ...]
     asymmetric_bits: tuple[int, ...] = ()
+    runtimes: tuple[str, ...] = ("glmquant",)
+    mixed: bool = False
+    converts: bool = False
+    tied_head: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class CompressedTensors:
         methods=("mse", "rtn"),
         layouts=("native", "original"),
         asymmetric_bits=(4,),
+        runtimes=("glmquant", "transformers", "vllm"),
+        mixed=True,
     )
     # 4-bit zero points of eight rows share a word
     row_multiple = 8

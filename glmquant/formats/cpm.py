@@ -32,7 +32,12 @@ class Cpm:
 
     name = "cpm"
     abilities = Abilities(
-        bits=(4, 8), groups=("row",), methods=("thudm", "mse", "rtn"), layouts=("original",)
+        bits=(4, 8),
+        groups=("row",),
+        methods=("thudm", "mse", "rtn"),
+        layouts=("original",),
+        converts=True,
+        tied_head=True,
     )
     row_multiple = 1
 

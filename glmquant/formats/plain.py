@@ -21,7 +21,14 @@ class Plain:
     """See the module."""
 
     name = "safetensors"
-    abilities = Abilities(bits=(16,), groups=(), methods=(), layouts=("native", "original"))
+    abilities = Abilities(
+        bits=(16,),
+        groups=(),
+        methods=(),
+        layouts=("native", "original"),
+        runtimes=("glmquant", "transformers", "vllm", "llama.cpp"),
+        converts=True,
+    )
     row_multiple = 1
 
     def detect(self, config: Mapping[str, Any]) -> bool:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .. import _native
 from .._cuda import packing as on_gpu
+from .._floats import FLOATS
 
 if TYPE_CHECKING:
     from .choice import Request
 
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 # With more rows, unpacking a tile once and multiplying by BLAS is faster (measured on two AVX-512 cores, where torch
 # multiplies bfloat16 on AMX and half as float32).
 _FEW_ROWS = {torch.float16: 64, torch.bfloat16: 8, torch.float32: 64}
@@ -41,7 +41,7 @@ def linear(
     y = torch.empty(rows, packed.shape[0])
     library.glmquant_linear(
         wide.data_ptr(), rows, columns, packed.data_ptr(), *packed.shape, bits,
-        scale.data_ptr(), _DTYPES[scale.dtype], scale.shape[1], None if zeros is None else zeros.data_ptr(),
+        scale.data_ptr(), FLOATS[scale.dtype], scale.shape[1], None if zeros is None else zeros.data_ptr(),
         y.data_ptr(),
     )  # fmt: skip
     if bias is not None:
@@ -64,7 +64,7 @@ def dequantize(
     out = torch.empty(rows, columns, dtype=dtype)
     library.glmquant_dequantize(
         packed.data_ptr(), rows, 4 * words, bits, columns,
-        scale.data_ptr(), _DTYPES[scale.dtype], scale.shape[1], None if zeros is None else zeros.data_ptr(),
-        out.data_ptr(), _DTYPES[dtype],
+        scale.data_ptr(), FLOATS[scale.dtype], scale.shape[1], None if zeros is None else zeros.data_ptr(),
+        out.data_ptr(), FLOATS[dtype],
     )  # fmt: skip
     return out

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _cuda
-from .._cuda.packing import FLOATS, Layout, eights, empty
+from .._cuda.packing import Layout, eights, empty
+from .._floats import FLOATS
 from ..scheme import QuantizedTensor, Scheme
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ from enum import IntEnum
 import torch
 
 from .. import _native
+from .._floats import FLOATS
 from ..scheme import QuantizedTensor, Scheme
 from . import cuda
-
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 class Method(IntEnum):
@@ -61,9 +60,9 @@ def quantize(
     scale = torch.empty(rows, columns // width, dtype=scale_dtype)
     zero_point = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.int8)
     status = library.glmquant_quantize(
-        weight.data_ptr(), _DTYPES[weight.dtype], rows, columns, width, scheme.bits, scheme.symmetric, method,
+        weight.data_ptr(), FLOATS[weight.dtype], rows, columns, width, scheme.bits, scheme.symmetric, method,
         search.inverses.data_ptr(), len(search.inverses), search.first, search.terms,
-        float(1 << search.value_bits), _DTYPES[scale_dtype], codes.data_ptr(), scale.data_ptr(),
+        float(1 << search.value_bits), FLOATS[scale_dtype], codes.data_ptr(), scale.data_ptr(),
         None if zero_point is None else zero_point.data_ptr(),
     )  # fmt: skip
     return None if status else QuantizedTensor(codes, scale, zero_point, scheme)
@@ -80,8 +79,8 @@ def squared_sums(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[floa
     sums = torch.zeros(2, dtype=torch.float64)
     zero_point = quantized.zero_point
     library.glmquant_errors(
-        weight.data_ptr(), _DTYPES[weight.dtype], rows, columns, columns // quantized.scale.shape[1],
-        quantized.codes.data_ptr(), quantized.scale.data_ptr(), _DTYPES[quantized.scale.dtype],
+        weight.data_ptr(), FLOATS[weight.dtype], rows, columns, columns // quantized.scale.shape[1],
+        quantized.codes.data_ptr(), quantized.scale.data_ptr(), FLOATS[quantized.scale.dtype],
         None if zero_point is None else zero_point.contiguous().data_ptr(), sums.data_ptr(),
     )  # fmt: skip
     return sums[0].item(), sums[1].item()

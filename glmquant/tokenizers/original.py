@@ -11,6 +11,7 @@ the base class may ask for is there before it is initialized.
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .kind import Kind
 
 
-class OriginalTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
+class OriginalTokenizer(PreTrainedTokenizer, ABC):  # type: ignore[misc]
     """What ChatGLM-6B's, ChatGLM2-6B's, ChatGLM3-6B's and GLM-4-9B-chat's tokenizers share.
 
     Padding is on the left, and a padded encoding has position ids: 0 for padding, then 0, 1, 2, ...
@@ -76,13 +77,13 @@ class OriginalTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
 
     # --- filled in by each tokenizer ---
 
+    @abstractmethod
     def _single(self, ids: list[int]) -> list[int]:
         """`ids` of one text with the automatic special tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _pair(self, first: list[int], second: list[int]) -> list[int]:
         """The ids of two texts with the automatic special tokens."""
-        raise NotImplementedError
 
     # --- what transformers calls ---
 
