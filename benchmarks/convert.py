@@ -9,6 +9,9 @@ including ``sync``, with the source in the page cache (warm) and not (cold):
 
     python -m benchmarks.convert [--model M] [--layers N] [--trials 3] [--folder DIR] [--out FILE]
 
+The ratios depend on the disk: ``cp`` writes as much as it reads, a conversion reads half as much again (it reads back
+what it wrote) and writes little. So the rates of the disk, past the page cache, are measured in the same run.
+
 Needs twice the size of the checkpoint on one disk. Prints a table; the last line is the name of the JSON file.
 """
 
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from glmquant.bench import environment
+from glmquant.checkpoint import blocks
 
 from . import gguf_f16, measure, synthetic
 
@@ -47,6 +51,7 @@ def main() -> None:
         default=shutil.which("llama-quantize"),
         help="program called as: PROGRAM IN.gguf OUT.gguf Q4_0",
     )
+    parser.add_argument("--note", help="anything to be known about the machine, for the JSON")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     options = parser.parse_args()
     name = options.model + (f"-{options.layers}-layers" if options.layers else "")
@@ -63,13 +68,17 @@ def main() -> None:
     if options.llama and synthetic.MODELS[options.model]["torch_dtype"] == "float16":
         inputs["llama-quantize"] = gguf_f16.write(source, options.folder / f"{name}-f16.gguf")
         commands["llama-quantize"] = [options.llama, str(inputs["llama-quantize"]), str(out), "Q4_0"]
+    disk = [_disk(options.folder)]
     trials = _trials(commands, inputs, out, options.trials)
+    disk.append(_disk(options.folder))
     result = {
         "benchmark": "convert",
         "model": name,
         "source_bytes": nbytes,
         "source_files": len(list(source.glob("*.safetensors"))),
         **environment.describe(),
+        **({"note": options.note} if options.note else {}),
+        "disk_before_and_after": disk,
         "trials": trials,
         "summary": summarize(trials),
         "breakdown": _breakdown(source, options.methods),
@@ -106,6 +115,29 @@ def _trials(
                 trials.append(trial)
     _remove(out)
     return trials
+
+
+def _disk(folder: Path, nbytes: int = 1 << 30) -> dict[str, float]:
+    """Gigabytes per second that a file is written and read with, in order, past the page cache."""
+    path = folder / "disk-test"
+    block = memoryview(os.urandom(blocks.BLOCK))
+    started = time.perf_counter()
+    writer = blocks.BlockWriter(path)
+    for _ in range(nbytes // blocks.BLOCK):
+        writer.write(block)
+    writer.finish()
+    writer.close()
+    written = time.perf_counter()
+    reader = blocks.BlockReader(path)
+    count = sum(piece.nbytes for piece in reader.up_to(nbytes))
+    reader.close()
+    read = time.perf_counter()
+    path.unlink()
+    assert count == nbytes
+    return {
+        "write_gb_per_s": round(nbytes / (written - started) / 1e9, 2),
+        "read_gb_per_s": round(nbytes / (read - written) / 1e9, 2),
+    }
 
 
 def _rotated(names: list[str], by: int) -> list[str]:
@@ -212,6 +244,8 @@ def _breakdown(source: Path, methods: list[str]) -> dict[str, float]:
 
 def _print(result: dict[str, Any]) -> None:
     print(f"\n{result['model']}, {result['source_bytes'] / 1e9:.1f} GB in {result['source_files']} files")
+    for disk in result["disk_before_and_after"]:
+        print(f"disk: reads {disk['read_gb_per_s']} GB/s, writes {disk['write_gb_per_s']} GB/s")
     print(f"{'':<10} {'seconds':>9} {'x cp':>7} {'peak anonymous MiB':>20}")
     for name, row in result["summary"].items():
         peak = row["worst_peak_anonymous_mib"]
