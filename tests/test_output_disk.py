@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -135,8 +136,10 @@ def test_disk_that_changes_what_was_written(
     def corrupting(descriptor: int, data: Any, offset: int) -> int:
         if descriptor not in second:
             return pwrite(descriptor, data, offset)
-        data[5_000] ^= 1  # in place: direct I/O wants an aligned buffer
-        return pwrite(descriptor, data, offset)
+        with mmap.mmap(-1, len(data)) as aligned:  # as direct I/O wants it
+            aligned[:] = bytes(data)
+            aligned[5_000] ^= 1
+            return pwrite(descriptor, aligned, offset)
 
     monkeypatch.setattr(os, "open", noting)
     monkeypatch.setattr(os, "pwrite", corrupting)

@@ -1,4 +1,4 @@
-"""Files that are written and read past the page cache, in large aligned blocks.
+"""Files that are written and read back past the page cache, in large aligned blocks.
 
 A converted checkpoint is written once and, by this process, read once. Taking it through the page cache costs a fresh
 page for every 4 KiB, which on a virtual machine can take more processor time than quantizing does, and pushes the
@@ -11,15 +11,18 @@ import errno
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
+
+from ..errors import VerificationError
 
 # A multiple of every device's block size, and large enough to keep a disk busy.
 BLOCK = 4 << 20
 _ALIGNMENT = 4096
-# One is being filled while others are on their way to the disk.
-_BUFFERS = 3
+# One is being filled while others are on their way to the disk and back.
+_BUFFERS = 8
 # Through the page cache, bytes are pushed to the disk this often: left alone, the kernel keeps gigabytes back for the
 # final fsync, and the disk idles while weights are being quantized.
 _SYNC_BYTES = 256 << 20
@@ -68,22 +71,25 @@ class _BlockFile:
 
 
 class BlockWriter:
-    """A new file, filled from its beginning to its end; blocks are written in the background.
+    """A new file, filled from its beginning to its end.
 
-    Every method may raise the `OSError` of a write that failed in the background.
+    Blocks are written in the background, and behind that read back and compared with what is still in memory. Every
+    method may raise what failed there: an `OSError`, or a `VerificationError` if a block came back different.
 
     Attributes:
         size: bytes given to `write`.
-        completed: bytes that have reached the file; a multiple of `BLOCK` until `finish`.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = _BlockFile(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self._path = path
+        self._file = _BlockFile(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         self._empty = deque(mmap.mmap(-1, BLOCK) for _ in range(_BUFFERS))
         self._filled = 0  # bytes of the first empty one
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="glmquant-write")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="glmquant-write")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="glmquant-read-back")
+        self._read_back = mmap.mmap(-1, BLOCK)
         self._under_way: deque[tuple[mmap.mmap, Future[None]]] = deque()
-        self.size = self.completed = 0
+        self.size = 0
 
     def write(self, data: memoryview) -> None:
         """Append bytes, which are copied; waits while all blocks are under way."""
@@ -99,14 +105,15 @@ class BlockWriter:
     def _send(self) -> None:
         buffer, count, self._filled = self._empty.popleft(), self._filled, 0
         offset = self.size - count
-        self._under_way.append((buffer, self._thread.submit(self._put, buffer, count, offset)))
+        written = self._writer.submit(self._put, buffer, count, offset)
+        self._under_way.append((buffer, self._reader.submit(self._compare, written, buffer, count, offset)))
         while not self._empty:
             self._receive()
 
     def _receive(self) -> None:
-        buffer, written = self._under_way.popleft()
+        buffer, compared = self._under_way.popleft()
         self._empty.append(buffer)
-        written.result()
+        compared.result()
 
     def _put(self, buffer: mmap.mmap, count: int, offset: int) -> None:
         # Only the last block is not full; what is written beyond it is cut off again.
@@ -115,9 +122,23 @@ class BlockWriter:
             done = 0
             while done < whole:
                 done += self._file.write(view[done:whole], offset + done)
-        self.completed = offset + count
-        if not self._file.direct and offset // _SYNC_BYTES != self.completed // _SYNC_BYTES:
+        written = offset + count
+        if not self._file.direct and offset // _SYNC_BYTES != written // _SYNC_BYTES:
             _sync(self._file.fd)
+
+    def _compare(self, written: Future[None], buffer: mmap.mmap, count: int, offset: int) -> None:
+        written.result()
+        found = self._file.read(self._read_back, offset)
+        same = np.array_equal(
+            np.frombuffer(buffer, np.uint64, count // 8),
+            np.frombuffer(self._read_back, np.uint64, count // 8),
+        )
+        rest = slice(count // 8 * 8, count)
+        if found < count or not same or buffer[rest] != self._read_back[rest]:
+            raise VerificationError(
+                f"{self._path.name} reads back differently from what was written; the disk or the memory of this "
+                "machine is faulty. OUT was not created."
+            )
 
     def finish(self) -> None:
         """Write the rest; returns when the whole file is on the disk."""
@@ -130,30 +151,6 @@ class BlockWriter:
 
     def close(self) -> None:
         """Close the file, finished or not."""
-        self._thread.shutdown()
-        os.close(self._file.fd)
-
-
-class BlockReader:
-    """A file that is read from its beginning, also while a `BlockWriter` still fills it."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = _BlockFile(path, os.O_RDONLY)
-        self._buffer = mmap.mmap(-1, BLOCK)
-        self.position = 0
-
-    def up_to(self, stop: int) -> Iterator[memoryview]:
-        """The bytes from `position` to `stop`, in pieces that are valid until the next one; fewer if the file is
-        shorter. `stop` is a multiple of `BLOCK`, or where the file ends.
-        """
-        with memoryview(self._buffer) as view:
-            while self.position < stop:
-                count = min(self._file.read(self._buffer, self.position), stop - self.position)
-                if count <= 0:
-                    return
-                self.position += count
-                yield view[:count]
-
-    def close(self) -> None:
-        """Close the file."""
+        self._writer.shutdown(cancel_futures=True)
+        self._reader.shutdown(cancel_futures=True)
         os.close(self._file.fd)

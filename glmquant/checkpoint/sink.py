@@ -1,8 +1,8 @@
 """Writing safetensors shards as a stream: headers first, then rows as they come, hashed on their way.
 
 The plan knows every tensor before the first byte is written, so a shard's header can be written first and the
-data appended in one pass; nothing needs a whole tensor in memory. What has been written is read back once, from the
-disk, in the background and a little behind the writing, and compared by its hash.
+data appended in one pass; nothing needs a whole tensor in memory. What has been written is read back and compared,
+see `blocks`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,16 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import VerificationError
-from .blocks import BLOCK, BlockReader, BlockWriter
+from .blocks import BlockWriter
 from .output import write_error
 from .source import ITEM_SIZES
 
 if TYPE_CHECKING:
     import torch
-
-# Reading back begins when there is so much to read.
-_READ_BACK_BYTES = 8 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -101,8 +96,7 @@ class _OpenShard:
     def __init__(self, path: Path, layout: ShardLayout) -> None:
         self.layout = layout
         self._file = BlockWriter(path)
-        self._reader = BlockReader(path)
-        self._written_hash, self._read_hash = hashlib.sha256(), hashlib.sha256()
+        self._hash = hashlib.sha256()
         self._order = layout.in_file_order()
         self._turn = 0
         self._written = 0  # bytes of the tensor whose turn it is
@@ -125,37 +119,20 @@ class _OpenShard:
             self._written = 0
 
     def _emit(self, data: memoryview) -> None:
-        self._written_hash.update(data)
+        self._hash.update(data)
         self._file.write(data)
 
     @property
     def complete(self) -> bool:
         return self._turn == len(self._order)
 
-    @property
-    def unread(self) -> int:
-        """Bytes that have been written and not yet read back."""
-        return self._file.completed - self._reader.position
-
-    def read_back(self) -> None:
-        """Read what has been written since the last time."""
-        for piece in self._reader.up_to(self._file.completed):
-            self._read_hash.update(piece)
-
     def finish(self) -> str:
+        """Returns the SHA-256 of the file, which is on the disk."""
         self._file.finish()
-        self.read_back()
-        digest = self._written_hash.hexdigest()
-        if self._read_hash.hexdigest() != digest:
-            raise VerificationError(
-                f"{self.layout.file} reads back differently from what was written; the disk or the memory of this "
-                "machine is faulty. OUT was not created."
-            )
-        self.close()
-        return digest
+        self._file.close()
+        return self._hash.hexdigest()
 
     def close(self) -> None:
-        self._reader.close()
         self._file.close()
 
 
@@ -183,8 +160,6 @@ class ShardedSink:
         self._todo = [shard for shard in shards if shard.file not in self._hashes]
         self._needed = sum(shard.nbytes for shard in self._todo)
         self._current: _OpenShard | None = None
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="glmquant-read-back")
-        self._reading: Future[None] | None = None
 
     def write_rows(self, name: str, rows: torch.Tensor) -> None:
         """Append `rows` (any shape of the right byte count) to tensor `name`.
@@ -201,9 +176,6 @@ class ShardedSink:
             shard.write(name, data)
             if shard.complete:
                 self._finish(shard)
-            elif shard.unread >= _READ_BACK_BYTES and (self._reading is None or self._reading.done()):
-                self._wait_for_reading()  # for its error, if there was one
-                self._reading = self._reader.submit(shard.read_back)
         except OSError as error:
             raise write_error(self._folder, error, self._needed) from None
 
@@ -215,13 +187,7 @@ class ShardedSink:
                 self._current.write(tensor.name, _constant_bytes(tensor))
         return self._current
 
-    def _wait_for_reading(self) -> None:
-        if self._reading is not None:
-            reading, self._reading = self._reading, None
-            reading.result()
-
     def _finish(self, shard: _OpenShard) -> None:
-        self._wait_for_reading()
         self._hashes[shard.layout.file] = shard.finish()
         self._current = None
         self._on_shard(shard.layout.file, self._hashes[shard.layout.file])
@@ -232,14 +198,12 @@ class ShardedSink:
         Raises:
             AssertionError: rows are missing (a fault of the caller).
         """
-        self._reader.shutdown()
         if self._current is not None or self._todo:
             raise AssertionError("the sink was closed before every tensor was whole")
         return dict(self._hashes)
 
     def abandon(self) -> None:
         """Close files without finishing them."""
-        self._reader.shutdown()
         if self._current is not None:
             self._current.close()
             self._current = None
