@@ -29,6 +29,7 @@ from .recipe import Recipe, show_size
 if TYPE_CHECKING:
     from ._device import Gpu
     from ._quantize import Task, TaskResult
+    from ._sensitivity import Measurement
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the name of what is being worked on."""
@@ -56,6 +57,8 @@ def plan_conversion(
     recipe: Recipe | None = None,
     *,
     adapter: PathLike | None = None,
+    measurement: Measurement | PathLike | None = None,
+    keep_source: bool = False,
     measuring: Progress | None = None,
 ) -> Plan:
     """What `convert` would do, from headers alone, unless there is a `Recipe.fit`: that measures the weights once.
@@ -64,16 +67,25 @@ def plan_conversion(
         GlmquantError: whatever `convert` would refuse before it reads a weight.
     """
     opened = open_source(source, adapter)
-    return make_plan(opened.source, _resolved(opened, recipe, measuring))
+    return make_plan(opened.source, _resolved(opened, recipe, measurement, keep_source, measuring))
 
 
-def _resolved(opened: OpenedSource, recipe: Recipe | None, measuring: Progress | None) -> Recipe:
+def _resolved(
+    opened: OpenedSource,
+    recipe: Recipe | None,
+    measurement: Measurement | PathLike | None,
+    keep_source: bool,
+    measuring: Progress | None,
+) -> Recipe:
     recipe = recipe or Recipe()
     if recipe.fit is None or recipe.fit.choices:
         return recipe
     from ._fit import fitted
+    from ._sensitivity import Measurement
 
-    return fitted(opened, recipe, measuring)
+    if measurement is not None and not isinstance(measurement, Measurement):
+        measurement = Measurement.load(measurement)
+    return fitted(opened, recipe, measurement=measurement, keep_source=keep_source, progress=measuring)
 
 
 def convert(
@@ -87,6 +99,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     keep_source: bool = False,
+    measurement: Measurement | PathLike | None = None,
     progress: Progress | None = None,
     measuring: Progress | None = None,
 ) -> ConvertResult:
@@ -108,6 +121,8 @@ def convert(
         resume: go on from the whole shards that an interrupted run left behind.
         force: replace an `out` that glmquant wrote before.
         keep_source: keep what is fetched from a hub, in the cache of the hub's own client.
+        measurement: what `glmquant.measure` found for this source, or a file of it; for `Recipe.fit`, which otherwise
+            measures itself (and keeps what it found, in the user's cache).
         progress: see `Progress`.
         measuring: the same for the measurement that `Recipe.fit` needs, counted in layers.
 
@@ -115,7 +130,7 @@ def convert(
         GlmquantError: see `glmquant.errors`; `out` is as it was before.
     """
     opened = open_source(source, adapter)
-    plan = make_plan(opened.source, _resolved(opened, recipe, measuring))
+    plan = make_plan(opened.source, _resolved(opened, recipe, measurement, keep_source, measuring))
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers cannot work; use 1 or more.")
     if device not in ("auto", "cpu"):

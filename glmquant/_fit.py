@@ -14,14 +14,13 @@ from typing import Any
 
 from . import families, formats
 from ._open import OpenedSource
-from ._sensitivity import Measurement, Progress, Unit, measure_opened
+from ._sensitivity import Measurement, Progress, Unit, measure_opened, saved_measurement
 from .errors import DoesNotFitError, UsageError
 from .families import Role
 from .formats import Format
 from .memory import Held, Model, Workload, check_context, estimate, held_bytes, longest_context
 from .plan import make_plan, resolve_recipe
 from .recipe import Choice, Fit, Group, Recipe, scheme_name, show_size
-from .scheme import Scheme
 
 _MIB = 1 << 20
 _SIXTEEN: tuple[int, Group | None] = (16, None)
@@ -55,12 +54,27 @@ class Step:
         return self.before.damage - self.after.damage
 
 
-def fitted(opened: OpenedSource, recipe: Recipe, progress: Progress | None = None) -> Recipe:
+def fitted(
+    opened: OpenedSource,
+    recipe: Recipe,
+    *,
+    measurement: Measurement | None = None,
+    keep_source: bool = False,
+    progress: Progress | None = None,
+) -> Recipe:
     """`recipe` with the choices of its `Fit` made.
+
+    Args:
+        opened: what is to be converted.
+        recipe: with a `Fit` that has no choices yet.
+        measurement: of this model; None looks for one that is kept, or measures.
+        keep_source: weights that are fetched from a hub for that may stay.
+        progress: of measuring.
 
     Raises:
         DoesNotFitError: even the smallest choice does not stay within the budget; says how small it is.
-        UsageError: the format has one scheme for all layers, or the context is beyond the model's.
+        UsageError: the format has one scheme for all layers, the context is beyond the model's, or weights on a hub
+            would have to be fetched twice.
     """
     fit = recipe.fit
     assert fit is not None
@@ -76,7 +90,16 @@ def fitted(opened: OpenedSource, recipe: Recipe, progress: Progress | None = Non
         )
     workload = Workload(fit.context, fit.batch)
     dtype = families.stated_dtype(opened.source.config)
-    measured = measure_opened(opened, str(alike.method), progress)
+    method = str(alike.method)
+    measured = measurement or saved_measurement(opened, method)
+    if measured is None:
+        if opened.remote is not None and opened.remote.missing_bytes and not keep_source:
+            raise UsageError(
+                "--fit measures every layer before it converts, which would fetch this model twice; add --keep-source, "
+                "or give what was measured before (--measurement FILE)."
+            )
+        measured = measure_opened(opened, method, progress)
+    measured.check(opened.source, method)
     options = [_options(unit, dtype, fmt) for unit in measured.units]
 
     def model(keys: list[tuple[int, Group | None]]) -> Model:
@@ -146,11 +169,11 @@ def _options(unit: Unit, dtype: str, fmt: Format) -> list[Option]:
     """What a unit can be, the smallest first; nothing that is both larger and worse than another is of use later."""
     scale = fmt.scale_dtype(dtype)
     found = [Option(_SIXTEEN, sum(held_bytes(Held(Role.LINEAR, unit.shape, None), dtype)), 0.0)]
-    for (bits, group), damage in unit.damage.items():
-        scheme = Scheme(bits, None if group == "row" else int(group), scale_dtype=scale)  # type: ignore[arg-type]
-        found.append(
-            Option((bits, group), sum(held_bytes(Held(Role.LINEAR, unit.shape, scheme), dtype)), damage)
-        )
+    for kind, damage in unit.damage.items():
+        # One with zero points cannot be mixed with others: see `formats.compressed_tensors`.
+        if kind.symmetric and kind.bits in fmt.abilities.bits and kind.group in fmt.abilities.groups:
+            held = Held(Role.LINEAR, unit.shape, kind.scheme(scale))
+            found.append(Option((kind.bits, kind.group), sum(held_bytes(held, dtype)), damage))
     return sorted(found, key=lambda option: (option.nbytes, option.damage))
 
 

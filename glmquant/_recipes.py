@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from . import families, formats
 from ._open import PathLike, open_source
-from ._sensitivity import Measurement, saved_measurement
+from ._sensitivity import Kind, Measurement, Progress, measure_opened, saved_measurement
 from .checkpoint.source import TensorSource
 from .errors import UsageError
 from .families import Role
@@ -69,6 +69,8 @@ def recipes(
     device: Literal["cuda", "cpu"] = "cuda",
     tp: int = 1,
     quantize_head: bool = False,
+    measure: bool = False,
+    measuring: Progress | None = None,
 ) -> list[RecipeRow]:
     """Every recipe that goes with the source `ref`, smallest files first; headers are read and nothing else.
 
@@ -80,16 +82,26 @@ def recipes(
         device: see there.
         tp: see there.
         quantize_head: with the output head in 8 bit, where a format has that.
+        measure: read the weights too, for the errors; without it there are those that were measured before.
+        measuring: called with layers measured, layers in all, and the last one's name.
 
     Raises:
         SourceError: see `glmquant.convert`.
         UsageError: a context beyond the model's, a runtime that does not exist or cannot be split.
     """
     opened = open_source(ref)
-    source, measured = opened.source, saved_measurement(opened)
+    source = opened.source
+    possible = list(possible_recipes(source, quantize_head=quantize_head))
+    check_context(Model.of_plan(make_plan(source, possible[0]), "F16"), workload.context)
+    measured: dict[str | None, Measurement | None] = {}
+    for method in dict.fromkeys(recipe.method for recipe in possible if recipe.method):
+        measured[method] = (
+            measure_opened(opened, method, measuring) if measure else saved_measurement(opened, method)
+        )
+    opened.stop_fetching()
     rows = [
-        _row(source, recipe, workload, budget, runtime, device, tp, measured)
-        for recipe in possible_recipes(source, quantize_head=quantize_head)
+        _row(source, recipe, workload, budget, runtime, device, tp, measured.get(recipe.method))
+        for recipe in possible
     ]
     return sorted(rows, key=lambda row: row.file_bytes)
 
@@ -126,7 +138,6 @@ def _row(
 ) -> RecipeRow:
     plan = make_plan(source, recipe)
     model = Model.of_plan(plan, families.stated_dtype(source.config))
-    check_context(model, workload.context)
     memory = estimate(model, workload, runtime, device, tp)
     why = _objection(recipe, plan.family, runtime) or (admits(model, recipe, tp) if tp > 1 else "")
     ends = ", head int8" if recipe.quantize_head else ""
@@ -150,14 +161,9 @@ def _row(
 def _error(recipe: Recipe, measured: Measurement | None) -> float | None:
     if recipe.bits == 16:
         return 0.0
-    if (
-        measured is None
-        or recipe.method != measured.method
-        or not recipe.symmetric
-        or recipe.group_size is None
-    ):
+    if measured is None or recipe.group_size is None:
         return None
-    return measured.relative_error(recipe.bits, recipe.group_size)
+    return measured.relative_error(Kind(recipe.bits, recipe.group_size, recipe.symmetric))
 
 
 def _objection(recipe: Recipe, family: str, runtime: str) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from ._terminal import print_table
+from ._hub_cli import tell_which
+from ._terminal import json_option, print_table, progress_bar
+from .errors import UsageError
 from .recipe import parse_size, show_size
 
 _RUNTIMES = ("glmquant", "transformers", "vllm", "llama.cpp")
@@ -24,7 +26,14 @@ _RUNTIMES = ("glmquant", "transformers", "vllm", "llama.cpp")
     "--tp", type=click.IntRange(1), default=1, metavar="N", help="GPUs that share the model (vLLM)."
 )
 @click.option("--quantize-head", is_flag=True, help="With the output head in 8 bit.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+@click.option("--measure", is_flag=True, help="Read the weights too, for the column of errors.")
+@click.option(
+    "--save",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="With --measure: write what convert --fit --measurement takes.",
+)
+@json_option
 def recipes(
     ref: str,
     context: int,
@@ -34,6 +43,8 @@ def recipes(
     device: Any,
     tp: int,
     quantize_head: bool,
+    measure: bool,
+    save: str | None,
     as_json: bool,
 ) -> None:
     """List every recipe for the checkpoint REF and the memory it needs.
@@ -42,17 +53,28 @@ def recipes(
     glmquant recipes chatglm3-6b --context 8192 --vram 6GiB
     glmquant recipes chatglm3-6b --context 2048 --batch 4 --device cpu
     glmquant recipes glm-4-9b-chat --runtime vllm --tp 4
+    glmquant recipes chatglm3-6b --measure                          with the expected error of every recipe
 
-    Reads config.json and headers only. File sizes are exact; the error of a recipe is shown once it was measured.
+    Reads config.json and headers only, unless it is to --measure. File sizes are exact. The error is that of the output
+    of linear layers, relative, from weights alone; it is shown once it was measured, here or by convert --fit.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
     from ._recipes import recipes as run
     from .memory import Workload
 
     budget = None if vram is None else parse_size(vram)
     runtime = runtime or ("vllm" if tp > 1 else "glmquant")
-    found = run(
-        ref, Workload(context, batch), budget=budget, runtime=runtime, device=device, tp=tp, quantize_head=quantize_head
-    )  # fmt: skip
+    if save is not None and not measure:
+        raise UsageError("--save FILE is for what --measure finds; give that too.")
+    tell_which(ref)
+    with progress_bar("measuring", quiet=as_json or not measure, unit="layers") as measuring:
+        found = run(
+            ref, Workload(context, batch), budget=budget, runtime=runtime, device=device, tp=tp,
+            quantize_head=quantize_head, measure=measure, measuring=measuring,
+        )  # fmt: skip
+    if save is not None:
+        from ._sensitivity import measure as kept
+
+        kept(ref).save(save)
     if as_json:
         asked = {
             "context": context,

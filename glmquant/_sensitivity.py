@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import families
+from . import families, formats
 from ._folders import cache_folder
 from ._open import OpenedSource, PathLike, open_source
 from ._workers import cores, tuned_for_blocks
 from .checkpoint.source import TORCH_NAMES, TensorSource
-from .errors import QuantizationError
-from .families import Role, TensorSpec
+from .errors import QuantizationError, SourceError, UsageError
+from .families import LinearUnit, TensorSpec
 from .formats.base import ROW
 from .recipe import Group
 from .scheme import Scheme
@@ -33,13 +33,25 @@ if TYPE_CHECKING:
 
     from .quantizers import Quantizer
 
-# Bits and groups that `--fit` chooses from, the smallest file first. Finer groups than these in 8 bit change nothing.
-CANDIDATES: tuple[tuple[int, Group], ...] = ((4, ROW), (4, 128), (4, 64), (4, 32), (8, 128), (8, ROW))
 _ROWS = 256  # of a weight that are looked at, in evenly spaced blocks
 _BLOCK_ROWS = 8
-_VERSION = "1"
+_ROW_LENGTH = 1 << 30  # for sorting
+_VERSION = "2"
 
 Progress = Callable[[int, int, str], None]
+
+
+class Kind(NamedTuple):
+    """What is measured: a scheme without the dtype of its scales."""
+
+    bits: int
+    group: Group
+    symmetric: bool = True
+
+    def scheme(self, scale_dtype: str) -> Scheme:
+        """With that dtype."""
+        group = None if self.group == ROW else int(self.group)
+        return Scheme(self.bits, group, self.symmetric, scale_dtype)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,13 @@ class Unit:
         name: for people.
         tensors: their names in the source.
         shape: rows together, columns.
-        damage: by (bits, group); candidates whose groups do not divide the columns are left out.
+        damage: kinds whose groups do not divide the columns are left out.
     """
 
     name: str
     tensors: tuple[str, ...]
     shape: tuple[int, int]
-    damage: dict[tuple[int, Group], float]
+    damage: dict[Kind, float]
 
 
 @dataclass(frozen=True)
@@ -66,9 +78,9 @@ class Measurement:
     method: str
     units: tuple[Unit, ...]
 
-    def relative_error(self, bits: int, group: Group) -> float | None:
+    def relative_error(self, kind: Kind) -> float | None:
         """Relative output error of one scheme for all layers: the root of the mean damage; None if not measured."""
-        found = [unit.damage.get((bits, group)) for unit in self.units]
+        found = [unit.damage.get(kind) for unit in self.units]
         known = [damage for damage in found if damage is not None]
         return (sum(known) / len(known)) ** 0.5 if known and len(known) == len(found) else None
 
@@ -84,23 +96,94 @@ class Measurement:
     def from_json(cls, data: Any) -> Measurement:
         """The inverse of `to_json`."""
         units = tuple(
-            Unit(u["name"], tuple(u["tensors"]), tuple(u["shape"]), {(b, g): d for b, g, d in u["damage"]})
+            Unit(
+                u["name"],
+                tuple(u["tensors"]),
+                tuple(u["shape"]),
+                {
+                    Kind(bits, group, symmetric): float(damage)
+                    for bits, group, symmetric, damage in u["damage"]
+                },
+            )
             for u in data["units"]
         )
         return cls(data["method"], units)
 
+    def save(self, path: PathLike) -> None:
+        """Write it to a file, whole or not at all."""
+        path = Path(path)
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        fresh.write_text(json.dumps(self.to_json()))
+        fresh.replace(path)
+
+    @classmethod
+    def load(cls, path: PathLike) -> Measurement:
+        """What `save` wrote.
+
+        Raises:
+            SourceError: the file cannot be read, or is no measurement.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).expanduser().read_text()))
+        except OSError as error:
+            raise SourceError(f"the measurement {path} cannot be read ({error.strerror}).") from None
+        except (ValueError, KeyError, TypeError):
+            raise SourceError(
+                f"{path} is no measurement; `glmquant recipes REF --measure --save FILE` writes one."
+            ) from None
+
+    def check(self, source: TensorSource, method: str) -> None:
+        """Refuse to speak of another model, or of another method.
+
+        Raises:
+            UsageError: says what differs.
+        """
+        if self.method != method:
+            raise UsageError(
+                f"the measurement was made with --method {self.method} and the recipe uses {method}; measure again."
+            )
+        family = families.detect(source.config)
+        units = family.units(family.dims(source.config))
+        expected = [(_names(unit), _shape(unit)) for unit in units]
+        if [(unit.tensors, unit.shape) for unit in self.units] != expected:
+            raise UsageError(
+                "the measurement is of a model with other layers; give one of this model, or measure again."
+            )
+
+
+def kinds(method: str) -> tuple[Kind, ...]:
+    """What any format can hold that is quantized by `method`."""
+    found = {
+        Kind(bits, group, symmetric)
+        for able in (fmt.abilities for fmt in formats.FORMATS.values())
+        if method in able.methods
+        for bits in able.bits
+        if bits != 16
+        for group in able.groups
+        for symmetric in (True, False)
+        if symmetric or bits in able.asymmetric_bits
+    }
+    return tuple(
+        sorted(found, key=lambda k: (k.bits, -_ROW_LENGTH if k.group == ROW else -int(k.group), -k.symmetric))
+    )
+
 
 def measure(source: PathLike, method: str = "mse", *, progress: Progress | None = None) -> Measurement:
-    """Measure how much every linear layer of `source` suffers under every candidate scheme; see the module.
+    """Measure how much every linear layer of `source` suffers under every scheme; see the module.
 
     Looks at 256 evenly spaced rows of each weight. The result is kept in the user's cache folder and found again
-    as long as the files do not change.
+    as long as the files do not change. Weights on a hub are fetched, and stay in the cache of the hub's own client.
 
     Raises:
         SourceError: see `glmquant.convert`.
         QuantizationError: a weight holds NaN or infinity.
+        UsageError: no such method.
     """
-    return measure_opened(open_source(source), method, progress)
+    opened = open_source(source)
+    try:
+        return measure_opened(opened, method, progress)
+    finally:
+        opened.stop_fetching()
 
 
 def measure_opened(opened: OpenedSource, method: str, progress: Progress | None = None) -> Measurement:
@@ -108,10 +191,13 @@ def measure_opened(opened: OpenedSource, method: str, progress: Progress | None 
     kept = _kept_at(opened, method)
     found = _read(kept)
     if found is None:
-        found = Measurement(method, tuple(_measured(opened.source, method, progress)))
-        fresh = kept.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(found.to_json()))
-        fresh.replace(kept)  # whole or not at all
+        opened.keep_in(None)
+        try:
+            found = Measurement(method, tuple(_measured(opened, method, progress)))
+        except BaseException:
+            opened.stop_fetching()  # workers wait for it
+            raise
+        found.save(kept)
     return found
 
 
@@ -126,84 +212,74 @@ def _kept_at(opened: OpenedSource, method: str) -> Path:
     ]
     config = json.dumps(opened.source.config, sort_keys=True)
     state += [(name, file["bytes"], file["sha256"]) for name, file in opened.remote_files.items()]
-    key = repr((_VERSION, _ROWS, CANDIDATES, method, state, config))
+    key = repr((_VERSION, _ROWS, kinds(method), method, state, config))
     return cache_folder("measured") / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def _read(path: Path) -> Measurement | None:
     try:
-        return Measurement.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Measurement.load(path)
+    except SourceError:
         return None  # absent, or damaged: it is measured again
 
 
-def units_of(source: TensorSource) -> Iterator[tuple[str, list[TensorSpec], str | None]]:
-    """Name, tensors, and the norm in front of them, of everything that has to have one scheme."""
-    family = families.detect(source.config)
-    qkv: list[TensorSpec] = []
-    norm: str | None = None
-    for spec in family.tensors(family.dims(source.config)):
-        if spec.name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
-            norm = spec.name
-        if spec.role is not Role.LINEAR:
-            continue
-        module = spec.name.removesuffix(".weight").rpartition(".")[2]
-        if module in ("q_proj", "k_proj", "v_proj"):
-            qkv.append(spec)
-            if len(qkv) < 3:
-                continue
-            specs, module, qkv = qkv, "qkv", []
-        else:
-            specs = [spec]
-        yield f"layer {spec.layer} {module}", specs, norm
-        norm = None
-
-
-def _measured(source: TensorSource, method: str, progress: Progress | None) -> Iterator[Unit]:
+def _measured(opened: OpenedSource, method: str, progress: Progress | None) -> Iterator[Unit]:
     from . import quantizers
 
+    source = opened.source
     quantizer = quantizers.get(method)
     scale = TORCH_NAMES[families.stated_dtype(source.config)]
-    todo = list(units_of(source))
+    family = families.detect(source.config)
+    todo = list(family.units(family.dims(source.config)))
+    schemes = {kind: kind.scheme(scale) for kind in kinds(method)}
+    done = 0
+    if progress is not None:
+        opened.on_fetched(
+            lambda shard, got, size: progress(
+                done, len(todo), f"fetching {shard}, {100 * got // max(1, size)} %"
+            )
+        )
     with tuned_for_blocks(), ThreadPoolExecutor(cores(), thread_name_prefix="glmquant-measure") as pool:
-        for number, unit in enumerate(pool.map(lambda t: _measured_unit(source, quantizer, scale, *t), todo)):
+        work = pool.map(lambda unit: _measured_unit(source, quantizer, schemes, unit), todo)
+        for unit in work:
             yield unit
+            done += 1
             if progress is not None:
-                progress(number + 1, len(todo), unit.name)
+                progress(done, len(todo), unit.name)
     for shard in {info.shard for info in source.infos().values()}:
         source.release(shard)
 
 
+def _names(unit: LinearUnit) -> tuple[str, ...]:
+    return tuple(spec.name for spec in unit.tensors)
+
+
+def _shape(unit: LinearUnit) -> tuple[int, int]:
+    return sum(spec.shape[0] for spec in unit.tensors), unit.tensors[0].shape[1]
+
+
 def _measured_unit(
-    source: TensorSource,
-    quantizer: Quantizer,
-    scale: str,
-    name: str,
-    specs: list[TensorSpec],
-    norm: str | None,
+    source: TensorSource, quantizer: Quantizer, schemes: dict[Kind, Scheme], unit: LinearUnit
 ) -> Unit:
     import torch
 
-    columns = specs[0].shape[1]
-    channels = _mean_squares(source, norm, columns)
-    error: dict[tuple[int, Group], float] = {}
+    shape = _shape(unit)
+    channels = _mean_squares(source, unit.norm, shape[1])
+    error = {kind: 0.0 for kind, s in schemes.items() if s.group_size is None or shape[1] % s.group_size == 0}
     total = 0.0
-    for spec in specs:
+    for spec in unit.tensors:
         rows = _sample(source, spec)
         weight = rows.float()
         share = spec.shape[0] / len(rows)
         total += share * float((weight.square().sum(0, dtype=torch.float64) * channels).sum())
-        for bits, group in CANDIDATES:
-            if group != ROW and columns % int(group):
-                continue
-            scheme = Scheme(bits, None if group == ROW else int(group), scale_dtype=scale)  # type: ignore[arg-type]
+        for kind in error:
             try:
-                lost = (quantizer(rows, scheme).dequantize() - weight).square_().sum(0, dtype=torch.float64)
+                lost = (quantizer(rows, schemes[kind]).dequantize() - weight).square_()
             except QuantizationError as problem:
                 raise QuantizationError(f"{spec.name} cannot be converted: {problem}.") from None
-            error[bits, group] = error.get((bits, group), 0.0) + share * float((lost * channels).sum())
-    damage = {key: lost / total if total else 0.0 for key, lost in error.items()}
-    return Unit(name, tuple(spec.name for spec in specs), (sum(s.shape[0] for s in specs), columns), damage)
+            error[kind] += share * float((lost.sum(0, dtype=torch.float64) * channels).sum())
+    damage = {kind: lost / total if total else 0.0 for kind, lost in error.items()}
+    return Unit(unit.name, _names(unit), shape, damage)
 
 
 def _mean_squares(source: TensorSource, norm: str | None, columns: int) -> torch.Tensor:

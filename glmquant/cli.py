@@ -199,6 +199,12 @@ def inspect(ref: str, as_json: bool) -> None:
 @click.option("--fit", metavar="SIZE", help="Choose bits and groups per layer to run within this memory.")
 @click.option("--context", type=click.IntRange(1), metavar="N", help="Tokens, for --fit.  [default: 8192]")
 @click.option("--batch", type=click.IntRange(1), metavar="N", help="Sequences, for --fit.  [default: 1]")
+@click.option(
+    "--measurement",
+    type=click.Path(),
+    metavar="FILE",
+    help="For --fit: what recipes --save has written.  [default: measure]",
+)
 @click.option("--adapter", type=click.Path(), metavar="DIR", help="Merge this LoRA (PEFT) first.")
 @click.option(
     "--device",
@@ -228,6 +234,7 @@ def convert(
     fit: str | None,
     context: int | None,
     batch: int | None,
+    measurement: str | None,
     adapter: str | None,
     device: str,
     workers: int | None,
@@ -265,11 +272,18 @@ def convert(
         quantize_head=quantize_head,
         quantize_embeddings=quantize_embeddings,
         max_shard_size=parse_size(max_shard_size),
-        fit=_fit(fit, bits, context, batch),
+        fit=_fit(fit, bits, context, batch, measurement),
     )
     if dry_run:
         with progress_bar("measuring", quiet=as_json, unit="layers") as measuring:
-            plan = plan_conversion(source, recipe, adapter=adapter, measuring=measuring)
+            plan = plan_conversion(
+                source,
+                recipe,
+                adapter=adapter,
+                measurement=measurement,
+                keep_source=keep_source,
+                measuring=measuring,
+            )
         if as_json:
             return click.echo(json.dumps(plan.to_json(), indent=2))
         return _print_plan(plan)
@@ -287,6 +301,7 @@ def convert(
             resume=resume,
             force=force,
             keep_source=keep_source,
+            measurement=measurement,
             progress=progress,
             measuring=measuring,
         )
@@ -387,11 +402,13 @@ def _print_plan(plan: Plan) -> None:
         click.echo(f"note: {note}")
 
 
-def _fit(size: str | None, bits: str | None, context: int | None, batch: int | None) -> Fit | None:
+def _fit(
+    size: str | None, bits: str | None, context: int | None, batch: int | None, measurement: str | None
+) -> Fit | None:
     if size is None:
-        if context or batch:
+        if context or batch or measurement:
             raise UsageError(
-                "--context and --batch say what --fit SIZE is for; give it too, or leave them out."
+                "--context, --batch and --measurement are for --fit SIZE; give it too, or leave them out."
             )
         return None
     if bits is not None:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from ..errors import SourceError
 from . import chatglm, chatglm2, glm
-from .base import Config, Dims, Family, LayoutTensor, Part, Role, TensorRule, TensorSpec, stated_dtype
+from .base import (
+    Config,
+    Dims,
+    Family,
+    LayoutTensor,
+    LinearUnit,
+    Part,
+    Role,
+    TensorRule,
+    TensorSpec,
+    stated_dtype,
+)
 
 __all__ = [
     "FAMILIES",
@@ -12,6 +23,7 @@ __all__ = [
     "Dims",
     "Family",
     "LayoutTensor",
+    "LinearUnit",
     "Part",
     "Role",
     "TensorRule",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import groupby
 from typing import Any
 
 from ..errors import SourceError
@@ -76,6 +77,8 @@ class TensorRule:
             empty where the native layout has no such tensor.
         when: a field of `Dims` that must be true for the tensor to exist.
         optional: a checkpoint may leave it out.
+        unit: linear weights of a layer with the same name here have to be stored alike: engines fuse them.
+        behind: the norm (its weight) whose output a linear weight multiplies; None if it is something else.
     """
 
     name: str
@@ -84,6 +87,8 @@ class TensorRule:
     native: tuple[tuple[str, str], ...] = ()
     when: str | None = None
     optional: bool = False
+    unit: str | None = None
+    behind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,23 @@ class TensorSpec:
     layer: int | None
     native: tuple[Part, ...]
     optional: bool
+    unit: str | None = None
+    behind: str | None = None
+
+
+@dataclass(frozen=True)
+class LinearUnit:
+    """Linear weights of a layer that have to get the same scheme: one, or q, k and v of an attention.
+
+    Attributes:
+        name: for people.
+        tensors: in row order; they multiply the same input.
+        norm: the weight of the norm whose output that is; None if it is something else.
+    """
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    norm: str | None
 
 
 @dataclass(frozen=True)
@@ -189,6 +211,15 @@ class Family:
         for rule in after:
             yield from self._expand(rule, dims, sizes, None)
 
+    def units(self, dims: Dims) -> Iterator[LinearUnit]:
+        """The linear weights of all layers, in the order of `tensors`, together where they have to be alike."""
+        linear = (spec for spec in self.tensors(dims) if spec.role is Role.LINEAR)
+        for (layer, unit), specs in groupby(linear, key=lambda spec: (spec.layer, spec.unit or spec.name)):
+            tensors = tuple(specs)
+            own = tensors[0].name.removesuffix(".weight").rpartition(".")[2]
+            name = own if tensors[0].unit is None else unit
+            yield LinearUnit(f"layer {layer} {name}", tensors, tensors[0].behind)
+
     def in_layout(self, dims: Dims, layout: str) -> Iterator[LayoutTensor]:
         """Every tensor of an output layout, ``native`` or ``original``, in the order of `tensors`."""
         for spec in self.tensors(dims):
@@ -226,6 +257,8 @@ class Family:
             layer=layer,
             native=tuple(parts),
             optional=rule.optional or (rule.role is Role.HEAD and dims.tied_head),
+            unit=rule.unit,
+            behind=rule.behind.format(layer=layer) if rule.behind else None,
         )
 
 
@@ -247,5 +280,7 @@ def stated_dtype(config: Config) -> str:
 
 
 def per_layer(prefix: str, rows: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
-    """Put `prefix` (with ``{layer}``) in front of every rule's name."""
-    return tuple(TensorRule(prefix + r.name, r.shape, r.role, r.native, r.when, r.optional) for r in rows)
+    """Put `prefix` (with ``{layer}``) in front of every rule's name and of the norm it is behind."""
+    return tuple(
+        replace(r, name=prefix + r.name, behind=prefix + r.behind if r.behind else None) for r in rows
+    )

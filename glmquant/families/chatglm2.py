@@ -117,6 +117,7 @@ FAMILY = Family(
                         (_LAYER + "self_attn.k_proj.weight", "kv"),
                         (_LAYER + "self_attn.v_proj.weight", "kv"),
                     ),
+                    behind="input_layernorm.weight",
                 ),
                 TensorRule(
                     "self_attention.query_key_value.bias",
@@ -146,6 +147,7 @@ FAMILY = Family(
                     ("2ffn", "hidden"),
                     Role.LINEAR,
                     native=((_LAYER + "mlp.gate_up_proj.weight", "2ffn"),),
+                    behind="post_attention_layernorm.weight",
                 ),
                 TensorRule(
                     "mlp.dense_4h_to_h.weight",

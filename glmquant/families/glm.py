@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from .base import Config, Dims, Family, Role, TensorRule
+from .base import Config, Dims, Family, Role, TensorRule, per_layer
 
 
 def _dims(config: Config) -> Dims:
@@ -30,34 +31,44 @@ def _native_config(config: Config) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "auto_map"}
 
 
-def _same(name: str, rows: str, *columns: str, role: Role, when: str | None = None) -> TensorRule:
-    return TensorRule(name, (rows, *columns), role, native=((name, rows),), when=when)
+def _same(name: str, rows: str, *columns: str, role: Role, **more: str) -> TensorRule:
+    return TensorRule(name, (rows, *columns), role, native=((name, rows),), **more)  # type: ignore[arg-type]
 
 
 def _rules(extra_norms: tuple[str, ...]) -> tuple[TensorRule, ...]:
     projections = (("q_proj", "q"), ("k_proj", "kv"), ("v_proj", "kv"))
     layer = (
         _same("input_layernorm.weight", "hidden", role=Role.NORM),
-        *(_same(f"self_attn.{n}.weight", r, "hidden", role=Role.LINEAR) for n, r in projections),
+        *(
+            _same(
+                f"self_attn.{n}.weight",
+                r,
+                "hidden",
+                role=Role.LINEAR,
+                unit="qkv",
+                behind="input_layernorm.weight",
+            )
+            for n, r in projections
+        ),
         *(_same(f"self_attn.{n}.bias", r, role=Role.BIAS, when="qkv_bias") for n, r in projections),
         _same("self_attn.o_proj.weight", "hidden", "q", role=Role.LINEAR),
         _same("post_attention_layernorm.weight", "hidden", role=Role.NORM),
         *(_same(f"{n}.weight", "hidden", role=Role.NORM) for n in extra_norms),
-        _same("mlp.gate_up_proj.weight", "2ffn", "hidden", role=Role.LINEAR),
+        _same(
+            "mlp.gate_up_proj.weight",
+            "2ffn",
+            "hidden",
+            role=Role.LINEAR,
+            behind="post_attention_layernorm.weight",
+        ),
         _same("mlp.down_proj.weight", "hidden", "ffn", role=Role.LINEAR),
     )
     prefix = "model.layers.{layer}."
     return (
         _same("model.embed_tokens.weight", "vocab", "hidden", role=Role.EMBEDDING),
         *(
-            TensorRule(
-                prefix + r.name,
-                r.shape,
-                r.role,
-                native=tuple((prefix + n, rows) for n, rows in r.native),
-                when=r.when,
-            )
-            for r in layer
+            replace(rule, native=tuple((prefix + name, rows) for name, rows in rule.native))
+            for rule in per_layer(prefix, layer)
         ),
         _same("model.norm.weight", "hidden", role=Role.NORM),
         _same("lm_head.weight", "vocab", "hidden", role=Role.HEAD),

@@ -71,12 +71,17 @@ class HubSource:
         """
         self._scratch = scratch
         if scratch is None:
-            check_room(sum(self._missing()), self.folder)
+            check_room(self.missing_bytes, self.folder)
 
     @property
     def peak_bytes(self) -> int:
         """The most that shards take in the scratch folder: one in work, one on its way."""
         return sum(sorted(self._missing())[-2:]) if self._scratch is not None else 0
+
+    @property
+    def missing_bytes(self) -> int:
+        """What has to be fetched of the weights."""
+        return sum(self._missing())
 
     def _missing(self) -> list[int]:
         """Sizes of the shards that have to be fetched."""

@@ -93,7 +93,8 @@ def _run(engines: Sequence[Engine], work: Path) -> Iterator[Row]:
     for engine in engines:
         version = engine.environment.version()
         for checkpoint in engine.checkpoints:
-            command = " ".join(["glmquant convert", *checkpoint.options])
+            how = "a recipe in Python" if checkpoint.recipe else " ".join(checkpoint.options)
+            command = f"glmquant convert {how}".rstrip()
             _say(f"{engine.name} {version}, {checkpoint.name}: {command}")
             for row in _try(engine, checkpoint, source, work):
                 _say(f"  {row.compared}: {row.result}")
@@ -109,7 +110,7 @@ def _try(engine: Engine, checkpoint: Checkpoint, source: Path, work: Path) -> It
         return Row(engine.name, engine.environment.version(), checkpoint.name, compared, result, not faults)
 
     try:
-        checkpoints.convert(source, out, checkpoint.options)
+        checkpoints.convert(source, out, checkpoint)
         answer = engine.answer(checkpoint, out, checkpoints.prompt_ids(source), work)
         verdict = reference.judge(out, answer)
         how = ", ".join([answer.architecture, answer.dtype, *answer.kernels])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+import glmquant
 from benchmarks import standin
+from glmquant import Fit, Recipe, families
+from glmquant.checkpoint.source import open_folder
+from glmquant.recipe import Choice
 
 from .damage import Damage, nibbles_swapped, zero_points_off
 
@@ -46,6 +50,7 @@ class Checkpoint:
         drift: the largest relative error of a weight; 0.1 to 0.15 is usual for four bits, 1.4 is noise.
         shards: at least this many files of weights.
         damage: must be noticed if it is done to the reference; shows that the comparison can fail.
+        recipe: what to do with a source, where `options` cannot say it.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Checkpoint:
     drift: float = 0.2
     shards: int = 1
     damage: Damage | None = None
+    recipe: Callable[[Path], Recipe] | None = None
 
 
 def for_vllm() -> tuple[Checkpoint, ...]:
@@ -73,7 +79,23 @@ def for_vllm() -> tuple[Checkpoint, ...]:
         Checkpoint("INT4 per row", ("--group-size", "row"), "auto", native),
         Checkpoint("INT4 in shards", ("--max-shard-size", "100MB"), "auto", native, shards=3),
         Checkpoint("INT4 original layout", ("--layout", "original"), "auto", original),
+        Checkpoint("INT4 in four groups, 16 bit", (), "auto", native, recipe=mixed),
     )
+
+
+def mixed(source: Path) -> Recipe:
+    """Every scheme of 4 bit that ``--fit`` may choose, and 16 bit, by turns: what `Fit` says of each layer.
+
+    A budget would bring 8 bit along, for which vLLM has no kernel on CPUs.
+    """
+    kinds = [(4, "row"), (4, 128), (4, 64), (4, 32), (16, None)]
+    config = open_folder(source).config
+    family = families.detect(config)
+    choices = [
+        Choice(unit.name, tuple(tensor.name for tensor in unit.tensors), *kinds[number % len(kinds)])
+        for number, unit in enumerate(family.units(family.dims(config)))
+    ]
+    return Recipe(fit=Fit(2**40, 512, choices=tuple(choices)))
 
 
 def build_source(folder: Path) -> None:
@@ -102,8 +124,12 @@ def prompt_ids(source: Path) -> list[list[int]]:
     return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
 
 
-def convert(source: Path, out: Path, options: Sequence[str]) -> None:
-    """Run ``glmquant convert`` as a user would."""
+def convert(source: Path, out: Path, checkpoint: Checkpoint) -> None:
+    """Run ``glmquant convert`` as a user would, or `glmquant.convert` for a recipe that only Python can state."""
+    if checkpoint.recipe is not None:
+        glmquant.convert(source, out, checkpoint.recipe(source))
+        return
+    options = checkpoint.options
     command = [sys.executable, "-m", "glmquant.cli", "convert", str(source), str(out), *options]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
