@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
 from . import hub
@@ -18,14 +19,18 @@ from .errors import GlmquantError, UsageError
 from .memory import Memory, Model, Workload, check_context, estimate, longest_context
 from .recipe import show_size
 
+if TYPE_CHECKING:
+    from ._evaluate import Evaluation, Progress
+
 
 @dataclass(frozen=True)
 class Gate:
-    """One limit and what was found: `found` bytes may be at most `limit`."""
+    """One limit and what was found: `found` may be at most `limit`, in bytes or (KL divergence) in nats."""
 
     name: str
-    found: int
-    limit: int
+    found: float
+    limit: float
+    unit: Literal["bytes", "nats"] = "bytes"
 
     @property
     def ok(self) -> bool:
@@ -34,7 +39,12 @@ class Gate:
 
     def __str__(self) -> str:
         verb = "is within" if self.ok else "exceeds"
-        return f"{show_size(self.found)} {verb} {show_size(self.limit)}"
+        if self.unit == "nats":
+            return f"{self.found:.4g} nats {verb} {self.limit:.4g}"
+        found, limit = show_size(int(self.found)), show_size(int(self.limit))
+        if found == limit and not self.ok:  # by less than what is shown
+            return f"{found} {verb} it by {self.found - self.limit:.0f} bytes"
+        return f"{found} {verb} {limit}"
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Check:
         longest: longest context within the memory limit.
         device: ``cuda`` or ``cpu``.
         measured: figures of a run, in bytes; None without one.
+        evaluation: against the reference; None without one.
     """
 
     gates: tuple[Gate, ...]
@@ -56,6 +67,7 @@ class Check:
     longest: int
     device: str
     measured: dict[str, int] | None
+    evaluation: Evaluation | None = None
 
     @property
     def ok(self) -> bool:
@@ -76,11 +88,12 @@ class Check:
             "device": self.device,
             "context": self.workload.context,
             "batch": self.workload.batch,
-            "gates": [{"name": g.name, "found": g.found, "limit": g.limit, "ok": g.ok} for g in self.gates],
+            "gates": [{**asdict(gate), "ok": gate.ok} for gate in self.gates],
             "predicted": self.memory.to_json(),
             "longest_context": self.longest,
             "measured": self.measured,
             "prediction_error": self.prediction_error,
+            "evaluation": self.evaluation.to_json() if self.evaluation else None,
         }
 
     def to_junit(self, name: str) -> bytes:
@@ -104,8 +117,12 @@ def check(
     context: int | None = None,
     batch: int | None = None,
     max_file_size: int | None = None,
+    max_kld: float | None = None,
+    reference: PathLike | None = None,
+    text: PathLike | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
     measure: bool = False,
+    progress: Progress | None = None,
 ) -> Check:
     """Hold the checkpoint `out` against limits.
 
@@ -117,20 +134,34 @@ def check(
         context: tokens of prompt and answer.
         batch: sequences at a time.
         max_file_size: bytes of the largest weight file.
+        max_kld: mean KL divergence from `reference`, in nats for each predicted token; see `glmquant.evaluate`.
+        reference: what `out` was made from.
+        text: what the two read; None is the sample that `glmquant.evaluate` uses.
         device: where it is to run.
         measure: load and run it in a process of its own, and gate on what that takes.
+        progress: of the evaluation.
 
     Raises:
         SourceError: it is no whole checkpoint of a known family.
         UsageError: no limit, a context beyond the model's, or nothing to measure on.
+        ModelError: it, or the reference, computes NaN or infinity.
     """
+    if max_kld is None and (reference is not None or text is not None):
+        raise UsageError("--reference and --text say what --max-kld X is held against; give it too.")
+    if max_kld is not None:
+        if reference is None:
+            raise UsageError("--max-kld needs what the model was made from; give --reference SRC.")
+        if not 0 <= max_kld < math.inf:
+            raise UsageError(f"--max-kld {max_kld} makes no sense; use nats for each token, such as 0.05.")
     folder = hub.local_folder(out)
     source = open_folder(folder)
     model = Model.of_checkpoint(source)
     recorded = _recorded_fit(folder / REPORT)
     limit = memory_limit or recorded.get("budget")
-    if limit is None and max_file_size is None:
-        raise UsageError("there is nothing to check against; give --vram SIZE (or --max-file-size SIZE).")
+    if limit is None and max_file_size is None and max_kld is None:
+        raise UsageError(
+            "there is nothing to check against; give --vram SIZE (or --max-file-size SIZE, --max-kld X)."
+        )
     context = context or recorded.get("context") or min(2048, model.dims.context)
     workload = Workload(context, batch or recorded.get("batch") or 1)
     check_context(model, workload.context)
@@ -144,8 +175,16 @@ def check(
     if max_file_size is not None:
         largest = max(path.stat().st_size for path in source.files)
         gates.append(Gate("largest file", largest, max_file_size))
+    evaluation = None
+    if max_kld is not None and reference is not None:
+        from ._evaluate import evaluate
+
+        window = min(512, model.dims.context)
+        where = "cpu" if device == "cpu" else "auto"
+        evaluation = evaluate(folder, reference, text, window=window, device=where, progress=progress)
+        gates.append(Gate("KL divergence", evaluation.kl_mean.value, max_kld, "nats"))
     longest = longest_context(model, workload, limit, "glmquant", device) if limit else model.dims.context
-    return Check(tuple(gates), memory, workload, longest, device, measured)
+    return Check(tuple(gates), memory, workload, longest, device, measured, evaluation)
 
 
 def _recorded_fit(report: Any) -> dict[str, int]:

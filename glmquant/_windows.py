@@ -55,7 +55,17 @@ def read_text(path: PathLike | None, second_half: bool = False) -> str:
             raise SourceError(
                 f"the text {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv."
             ) from None
-    return text[len(text) // 2 :] if second_half else text
+    return halves(text)[1] if second_half else text
+
+
+def halves(text: str) -> tuple[str, str]:
+    """The part of a text to calibrate on, and the part to evaluate on, which share no line.
+
+    They meet at the first line that begins behind the middle (at the middle, if there is none).
+    """
+    middle = len(text) // 2
+    line = text.find("\n", middle - 1) + 1 if middle else 0
+    return text[: line or middle], text[line or middle :]
 
 
 def cut(
