@@ -47,7 +47,12 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 @click.option(
     "--markdown", type=click.Path(dir_okay=False), metavar="FILE", help="Write the table there too."
 )
-@click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE", help="Memory against speed: out.png")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Memory against speed, and by term: out.png",
+)
 @json_option
 def bench(
     outs: tuple[str, ...],
@@ -69,23 +74,28 @@ def bench(
     glmquant bench chatglm3-6b-int4                              load time, memory, tokens per second
     glmquant bench chatglm3-6b-int4 chatglm3-6b --batch 1,4      several, side by side
     glmquant bench chatglm3-6b-int4 --peer 16bit --peer dequantize --dtype bfloat16
+    glmquant bench chatglm3-6b-int4 chatglm3-6b-q4_0.gguf --plot bench.png
 
     Peers multiply the same weights in another way: 16bit unpacks them when it loads, dequantize at every call, as
-    THUDM's code does; bitsandbytes and torchao quantize them once more in their own way. What fails is a row that says
-    why; exit status 1 if nothing ran.
+    THUDM's code does; bitsandbytes and torchao quantize them once more in their own way. An OUT that is a GGUF file, or
+    a folder with one, runs in llama.cpp (pip install xllamacpp). What fails is a row that says why; exit status 1 if
+    nothing ran. Beside the memory that was measured stands what check and recipes predict, for the largest batch.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
     from . import hub
     from .bench import harness, report
     from .bench.cases import Candidate, Workload
+    from .bench.llama_cpp import gguf_file
 
     for target in (markdown, plot):
         if target is not None and not Path(target).expanduser().absolute().parent.is_dir():
             raise UsageError(f"{target} cannot be written, since its folder does not exist.")
     for out in outs:
-        if not (hub.local_folder(out) / "config.json").is_file():
+        if gguf_file(out) is None and not (hub.local_folder(out) / "config.json").is_file():
             raise SourceError(f"{out} is no model: it holds no config.json.")
     workload = Workload(prompt, new, batch, warmup, repetitions)
-    candidates = [Candidate(out, device=device, dtype=dtype) for out in outs]
+    candidates = [
+        Candidate(out, "llama.cpp" if gguf_file(out) else "glmquant", device, dtype) for out in outs
+    ]
     candidates += [Candidate(outs[0], peer, device, dtype) for peer in peers]
     with progress_bar("measuring", quiet=as_json, unit="candidates") as shown:
         found = harness.run(candidates, workload, shown)

@@ -11,7 +11,10 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _NEW_TOKENS = 8
 
@@ -45,38 +48,44 @@ def main(folder: str, device: str, context: int, batch: int) -> int:
 
 
 def _process_peak(device: str) -> int:
-    """Bytes that this process holds: its peak resident memory, or what NVML says it has on the GPU.
+    """Bytes that this process holds: its peak resident memory, or what it has on the GPU."""
+    if device != "cpu":
+        import torch
+
+        chosen = torch.device(device)
+        found = gpu_process_bytes(chosen)
+        if found is None:  # of the whole device: right where nothing else uses it
+            free, total = torch.cuda.mem_get_info(chosen)
+            found = int(total - free)
+        return found
+    status = Path("/proc/self/status")
+    if status.exists():
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert match is not None
+        return int(match[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def gpu_process_bytes(device: torch.device) -> int | None:
+    """What NVML says this process has on a GPU; None without NVML, or in a container that hides processes.
 
     NVML tells no peak; torch keeps what it has once reserved, so that the figure after a run is one.
     """
-    if device == "cpu":
-        status = Path("/proc/self/status")
-        if status.exists():
-            match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-            assert match is not None
-            return int(match[1]) * 1024
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     import torch
 
     try:
         import pynvml
-    except ImportError:
-        # Of the whole device: right where nothing else uses it.
-        free, total = torch.cuda.mem_get_info()
-        return int(total - free)
-    pynvml.nvmlInit()
-    handle: Any = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-    mine = (
-        p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()
-    )
-    used: Any = next(mine, None)
-    if used is None:  # another pid name space, as in a container
-        free, total = torch.cuda.mem_get_info()
-        used = total - free
-    return int(used)
+
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(uuid))
+        used = next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
+    except Exception:
+        return None
+    return None if used is None else int(used)
 
 
 if __name__ == "__main__":

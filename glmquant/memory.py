@@ -129,21 +129,27 @@ class Workload:
         batch: sequences at a time, all of the same length: padding would add a mask.
         cache: ``dynamic`` grows by concatenation (transformers' default), ``static`` has its full size at once.
         chunk: tokens of the prompt that are computed at once; None is all of them.
+        prompt: tokens of the context that the prompt has; None is all of them, which takes the most.
 
     Raises:
-        UsageError: a number that is not positive.
+        UsageError: a number that is not positive, or a prompt longer than the context.
     """
 
     context: int
     batch: int = 1
     cache: Cache = "dynamic"
     chunk: int | None = None
+    prompt: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch", "chunk"):
+        for name in ("context", "batch", "chunk", "prompt"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} {value} makes no sense; use 1 or more.")
+        if self.prompt is not None and self.prompt > self.context:
+            raise UsageError(
+                f"a prompt of {self.prompt} tokens is longer than the context of {self.context}."
+            )
 
 
 @dataclass(frozen=True)
@@ -313,7 +319,7 @@ def _resident(model: Model) -> tuple[int, int, int]:
 
 
 def _activations(model: Model, workload: Workload, device: Literal["cuda", "cpu"]) -> tuple[int, int]:
-    chunk = min(workload.chunk or workload.context, workload.context)
+    prompt = workload.prompt or workload.context
     packed = {held.role: held.scheme for held in model.held if held.scheme is not None}
     shape = Shape(
         model.dims,
@@ -327,7 +333,12 @@ def _activations(model: Model, workload: Workload, device: Literal["cuda", "cpu"
         packed_head=Role.HEAD in packed,
         grows=workload.cache == "dynamic",
     )
-    return max(prefill_bytes(shape, chunk), decode_bytes(shape), key=sum)
+    activations, workspace = prefill_bytes(
+        replace(shape, context=prompt), min(workload.chunk or prompt, prompt)
+    )
+    # What the cache grows by later is not there yet.
+    later = cache_bytes(model.dims, workload, model.dtype) * (workload.context - prompt) // workload.context
+    return max((activations - later, workspace), decode_bytes(shape), key=sum)
 
 
 def _largest_stage(model: Model) -> int:

@@ -89,7 +89,7 @@ def test_what_fails_is_a_row_that_says_why(models: dict[str, Path]) -> None:
     assert bad["error"] == f"{source} is not quantized, so there is nothing to dequantize."
     assert {"commit", "hardware", "versions", "workload"} <= found.keys()
     lines = report.text(found).splitlines()
-    assert len(lines) == 4
+    assert lines[3].startswith("8 tokens of prompt, 3 new;")
     assert lines[2].endswith("failed: " + bad["error"])
 
 
@@ -123,16 +123,16 @@ def test_speeds_are_medians_of_all_sequences_together(made: dict[str, Any]) -> N
     header, good, bad = report.table(made)
     assert len(header) == len(good)
     assert good == (
-        "a", "glmquant", "float32", "2", "1.2", "3.00", "4.00", "0.5 (0.25-1)", "400 (200-800)", "20 (10-40)"
+        "a", "glmquant", "float32", "2", "1.2", "3.00", "4.00", "-", "0.5 (0.25-1)", "400 (200-800)", "20 (10-40)"
     )  # fmt: skip
     assert bad == ("b|c", "16bit", "no such weights")
 
 
 def test_markdown(made: dict[str, Any]) -> None:
     lines = report.markdown(made).splitlines()
-    assert lines[1] == "|---|---|" + "---:|" * 8
+    assert lines[1] == "|---|---|" + "---:|" * 9
     assert lines[3].startswith(r"| b\|c | 16bit | failed: no such weights |")
-    assert {line.replace(r"\|", "").count("|") for line in lines[:4]} == {11}
+    assert {line.replace(r"\|", "").count("|") for line in lines[:4]} == {12}
     assert "An Abacus, 2 cores; torch 2.13.0" in lines[-1]
 
 
@@ -144,6 +144,112 @@ def test_plot(made: dict[str, Any], tmp_path: Path) -> None:
         report.plot(made, tmp_path / "out.abc")
     with pytest.raises(glmquant.UsageError, match="nothing to plot"):
         report.plot({**made, "results": made["results"][1:]}, tmp_path / "none.png")
+
+
+def test_memory_is_predicted_beside_what_was_measured(models: dict[str, Path]) -> None:
+    candidates = [
+        Candidate(str(models["int4"]), runtime, "cpu") for runtime in ("glmquant", "16bit", "dequantize")
+    ]
+    found = harness.run(candidates, WORKLOAD)
+    ours, plain, other = report.parse(found)[1]
+    assert other.predicted is None  # nothing here knows what it takes
+    for result in (ours, plain):
+        assert result.predicted is not None
+        # 8 tokens of prompt and 3 that were read after them, for 3 sequences: exact
+        assert result.predicted["cache"] == result.memory["cache"] == 3 * 11 * _cache_of_a_token(models)
+        resident = sum(result.predicted[term] for term in ("weights", "scales", "rest"))
+        assert resident == pytest.approx(result.weight_bytes, abs=1024)  # rotary frequencies
+    header, *rows = report.memory_table(found)
+    assert [row[1] for row in rows] == ["glmquant", "16bit"]
+    assert {len(row) for row in rows} == {len(header)} == {8}
+    both = report.terms(ours)
+    assert both is not None
+    assert sum(both[0].values()) == ours.predicted["peak"]  # type: ignore[index]
+    assert sum(both[1].values()) == ours.memory["process"]
+    assert "memory, predicted / measured GiB" in report.text(found)
+
+
+def _cache_of_a_token(models: dict[str, Path]) -> int:
+    config = json.loads((models["source"] / "config.json").read_text())
+    heads = config["multi_query_group_num"] * config["kv_channels"]
+    return 2 * config["num_layers"] * heads * 2
+
+
+def test_columns_of_a_gpu(made: dict[str, Any]) -> None:
+    result = made["results"][0]
+    result["device"] = "cuda:0"
+    result["memory"] = {
+        "allocated": 3 << 30,
+        "reserved": 4 << 30,
+        "process": 5 << 30,
+        "base": 1 << 29,
+        "cache": 1 << 28,
+    }
+    result["predicted"] = {
+        "weights": 2 << 30, "scales": 0, "rest": 1 << 29, "cache": 1 << 28, "process_base": 1 << 29,
+        "allocated": 3 << 30, "peak": 11 << 29,
+    }  # fmt: skip
+    header, good, _ = report.table(made)
+    assert header[6:11] == ("allocated GiB", "predicted", "reserved GiB", "process GiB", "predicted")
+    assert good[6:11] == ("3.00", "3.00", "4.00", "5.00", "5.50")
+    assert report.memory_table(made)[1][-2:] == ("5.500 / 5.000", "+10.0 %")
+
+
+def small_gguf(path: Path) -> Path:
+    """Random weights as a Llama of two layers, with a vocabulary of 128 pieces."""
+    gguf = pytest.importorskip("gguf")
+    generator = torch.Generator().manual_seed(0)
+    hidden, ffn, vocab = 64, 128, 128
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(ffn)
+    writer.add_block_count(2)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(32)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"piece{n}" for n in range(3, vocab))])
+    writer.add_token_scores([0.0] * vocab)
+    writer.add_token_types([2, 3, 3, *[1] * (vocab - 3)])
+    shapes = {"token_embd": (vocab, hidden), "output_norm": (hidden,), "output": (vocab, hidden)}
+    for layer in range(2):
+        shapes |= {
+            f"blk.{layer}.{name}": shape
+            for name, shape in {
+                "attn_norm": (hidden,), "attn_q": (hidden, hidden), "attn_k": (32, hidden), "attn_v": (32, hidden),
+                "attn_output": (hidden, hidden), "ffn_norm": (hidden,), "ffn_gate": (ffn, hidden),
+                "ffn_up": (ffn, hidden), "ffn_down": (hidden, ffn),
+            }.items()
+        }  # fmt: skip
+    for name, shape in shapes.items():
+        values = torch.randn(*shape, generator=generator) * 0.1
+        writer.add_tensor(f"{name}.weight", values.half().numpy() if len(shape) == 2 else values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_llama_cpp(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    file = small_gguf(tmp_path / "model.gguf")
+    found = harness.run([Candidate(str(tmp_path), "llama.cpp", "cpu")], WORKLOAD)
+    (result,) = report.parse(found)[1]
+    assert result.error is None, result.error
+    assert [trial.batch for trial in result.trials] == [1, 1, 3, 3]
+    assert all(trial.first_token_seconds > 0 and trial.decode_seconds > 0 for trial in result.trials)
+    assert (result.dtype, result.weight_bytes) == ("GGUF", file.stat().st_size)
+    assert result.memory["process"] > result.memory["base"]
+
+
+def test_what_llama_cpp_cannot_run_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
+    found = harness.run([Candidate(str(tmp_path / "broken.gguf"), "llama.cpp", "cpu")], WORKLOAD)
+    said = found["results"][0]["error"]
+    assert "llama.cpp does not load" in said or "pip install xllamacpp" in said
 
 
 def test_the_command(models: dict[str, Path], tmp_path: Path) -> None:

@@ -58,8 +58,10 @@ class Result:
         load_seconds: from the folder to a model that is ready, without imports.
         weight_bytes: of the weights as they lie in memory.
         memory: peak bytes, of loading and running: ``process`` is resident on a CPU, and NVML's figure on a GPU;
-            ``allocated`` and ``reserved`` are torch's, on a GPU only.
+            ``allocated`` and ``reserved`` are torch's, on a GPU only. ``base`` is the process before it loads,
+            ``cache`` the keys and values at the end of a run of the largest batch.
         trials: every counted run.
+        predicted: what `glmquant.memory` says of `memory`, as `Memory.to_json`; None where it knows nothing.
     """
 
     candidate: Candidate
@@ -70,6 +72,7 @@ class Result:
     weight_bytes: int = 0
     memory: dict[str, int] = field(default_factory=dict)
     trials: tuple[Trial, ...] = ()
+    predicted: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

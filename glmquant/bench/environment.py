@@ -13,6 +13,7 @@ from typing import Any
 
 _PACKAGES = (
     "glmquant", "torch", "safetensors", "compressed-tensors", "transformers", "numpy", "bitsandbytes", "torchao",
+    "xllamacpp",
 )  # fmt: skip
 
 

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from . import environment
 from .cases import Candidate, Result, Workload
+from .prediction import predict
 
 
 def run(
@@ -33,7 +34,8 @@ def run(
     for number, candidate in enumerate(candidates):
         if progress is not None:
             progress(number, len(candidates), f"{candidate.path} ({candidate.runtime})")
-        results.append(_in_a_process(candidate, workload).to_json())
+        result = _in_a_process(candidate, workload)
+        results.append(replace(result, predicted=predict(result, workload)).to_json())
     if progress is not None:
         progress(len(candidates), len(candidates), "")
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import time
@@ -18,7 +17,9 @@ import glmquant.models.chatglm
 import glmquant.models.glm
 from glmquant.errors import GlmquantError
 
+from .._measured_run import gpu_process_bytes
 from .cases import Candidate, Result, Trial, Workload
+from .llama_cpp import LlamaCpp
 from .runtimes import RUNTIMES
 
 _SEED = 0
@@ -40,49 +41,72 @@ class _Clock:
         """See `put`."""
 
 
+class _Generating:
+    """A model with transformers' ``generate``."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.device = str(model.device)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        parameters = {id(p): p.nbytes for p in [*model.parameters(), *model.buffers()]}
+        self.weight_bytes = sum(parameters.values())
+        self.cache_bytes = 0
+        model.generation_config.eos_token_id = None  # everybody writes as much
+
+    @torch.inference_mode()
+    def run(self, workload: Workload, batch: int) -> Trial:
+        """Write what is asked for."""
+        clock = _Clock()
+        done = self.model.generate(
+            _prompt(self.model, workload.prompt, batch),
+            attention_mask=torch.ones(batch, workload.prompt, dtype=torch.long, device=self.model.device),
+            max_length=None,
+            max_new_tokens=workload.new,
+            do_sample=False,
+            top_p=None,
+            temperature=None,
+            streamer=clock,
+            return_dict_in_generate=True,
+        )
+        layers = done.past_key_values.layers
+        self.cache_bytes = max(
+            self.cache_bytes, sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        )
+        start, first, last = clock.times[0], clock.times[1], clock.times[-1]
+        if len(clock.times) != workload.new + 1:
+            raise RuntimeError(f"{len(clock.times) - 1} of {workload.new} tokens were written")
+        return Trial(batch, first - start, last - first)
+
+
 def measure(candidate: Candidate, workload: Workload) -> Result:
     """Load a candidate and let it work."""
-    build = RUNTIMES[candidate.runtime]
+    base = _resident() if _on_cpu(candidate.device) else _base_of_gpu(candidate.device)
     started = time.perf_counter()
-    model = build(candidate)
-    _synchronize(model)
+    runner: _Generating | LlamaCpp
+    if candidate.runtime == "llama.cpp":
+        runner = LlamaCpp(candidate, workload)
+    else:
+        runner = _Generating(RUNTIMES[candidate.runtime](candidate))
+        _synchronize(runner.model)
     loaded = time.perf_counter() - started
-    model.generation_config.eos_token_id = None  # everybody writes as much
     trials = []
     for batch in workload.batches:
         for number in range(workload.warmup + workload.repetitions):
-            trial = _trial(model, workload, batch)
+            trial = runner.run(workload, batch)
             if number >= workload.warmup:
                 trials.append(trial)
-    parameters = {id(p): p.nbytes for p in [*model.parameters(), *model.buffers()]}
+    memory = {"base": base, **_peaks(runner)}
+    if isinstance(runner, _Generating):
+        memory["cache"] = runner.cache_bytes
     return Result(
         candidate=candidate,
-        device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        device=runner.device,
+        dtype=runner.dtype,
         load_seconds=loaded,
-        weight_bytes=sum(parameters.values()),
-        memory=_memory(model.device),
+        weight_bytes=runner.weight_bytes,
+        memory={name: nbytes for name, nbytes in memory.items() if nbytes is not None},
         trials=tuple(trials),
     )
-
-
-@torch.inference_mode()
-def _trial(model: Any, workload: Workload, batch: int) -> Trial:
-    clock = _Clock()
-    model.generate(
-        _prompt(model, workload.prompt, batch),
-        attention_mask=torch.ones(batch, workload.prompt, dtype=torch.long, device=model.device),
-        max_length=None,
-        max_new_tokens=workload.new,
-        do_sample=False,
-        top_p=None,
-        temperature=None,
-        streamer=clock,
-    )
-    start, first, last = clock.times[0], clock.times[1], clock.times[-1]
-    if len(clock.times) != workload.new + 1:
-        raise RuntimeError(f"{len(clock.times) - 1} of {workload.new} tokens were written")
-    return Trial(batch, first - start, last - first)
 
 
 def _prompt(model: Any, length: int, batch: int) -> torch.Tensor:
@@ -102,24 +126,35 @@ def _synchronize(model: Any) -> None:
         torch.cuda.synchronize(model.device)
 
 
-def _memory(device: torch.device) -> dict[str, int]:
-    if device.type != "cuda":
-        status = Path("/proc/self/status")
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-        return {"process": int(found[1]) * 1024} if found else {}
-    memory = {
-        "allocated": torch.cuda.max_memory_allocated(device),
-        "reserved": torch.cuda.max_memory_reserved(device),
-    }
-    try:
-        import pynvml
+def _on_cpu(device: str) -> bool:
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        memory["process"] = next(p.usedGpuMemory for p in processes if p.pid == os.getpid())
-    except Exception as error:  # no package, or a container that hides processes
-        print(f"NVML says nothing ({type(error).__name__}: {error})", file=sys.stderr)
+
+def _base_of_gpu(device: str) -> int | None:
+    """What the process takes on a GPU once it has a CUDA context."""
+    chosen = torch.device("cuda" if device == "auto" else device)
+    torch.zeros(1, device=chosen)
+    return gpu_process_bytes(chosen)
+
+
+def _resident() -> int | None:
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int | None:
+    status = Path("/proc/self/status")
+    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def _peaks(runner: _Generating | LlamaCpp) -> dict[str, int | None]:
+    if runner.device == "cpu":
+        return {"process": _status("VmHWM")}
+    device = torch.device(runner.device)
+    memory = {"process": gpu_process_bytes(device)}
+    if isinstance(runner, _Generating):
+        memory["allocated"] = torch.cuda.max_memory_allocated(device)
+        memory["reserved"] = torch.cuda.max_memory_reserved(device)
     return memory
 
 
