@@ -1,0 +1,181 @@
+"""benchmarks/REPORT.md and its plots, from benchmarks/results/*.json and nothing else.
+
+    python -m benchmarks.report [--results DIR] [--out REPORT.md]
+
+A benchmark that is not known here is shown by its ``summary``. The same results give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glmquant.bench import report as bench
+
+HERE = Path(__file__).parent
+_TITLE = """# Measurements
+
+Made by `make report` from [results](results/), which hold every trial, the commit, the hardware and the versions.
+`make bench` measures anew. What each program does is said at its top; ratios within one run are worth more than
+figures of different days.
+"""
+
+Result = dict[str, Any]
+Section = Callable[[Result, Path], list[str]]
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=HERE / "REPORT.md")
+    options = parser.parse_args()
+    plots = options.out.parent / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(render(options.results, plots), encoding="utf-8")
+    print(options.out)
+
+
+def render(results: Path, plots: Path) -> str:
+    """The text of the report; writes its plots into the folder `plots`."""
+    parts = [_TITLE]
+    for path in sorted(results.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        kind = str(result.get("benchmark"))
+        section, verb = SECTIONS.get(kind, (_summary, kind))
+        plot = plots / f"{path.stem}.svg"
+        plot.unlink(missing_ok=True)
+        parts += [f"## {verb}: {result.get('model', path.stem)}", *section(result, plot)]
+        if plot.exists():
+            parts.append(f"![{path.stem}]({plots.name}/{plot.name})")
+        parts.append(_where(result, path))
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _where(result: Result, path: Path) -> str:
+    hardware, versions = result.get("hardware", {}), result.get("versions", {})
+    gpu = f", {hardware['gpu']} (driver {hardware.get('driver', '?')})" if "gpu" in hardware else ""
+    named = ("torch", "transformers", "xllamacpp")
+    software = ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
+    return (
+        f"Commit {str(result.get('commit', 'unknown'))[:12]}; {hardware.get('cpu', 'unknown CPU')}, "
+        f"{hardware.get('cores', '?')} cores, {hardware.get('memory_gib', '?')} GiB{gpu}; {software}; "
+        f"[{path.name}](results/{path.name})."
+    )
+
+
+def _convert(result: Result, plot: Path) -> list[str]:
+    summary: dict[str, dict[str, float]] = result["summary"]
+    whats = list(dict.fromkeys(key.rpartition(".")[0] for key in summary))
+    trials = max(trial["trial"] for trial in result["trials"]) + 1
+    rows = [["", "cold, s", "x cp", "warm, s", "x cp", "peak anonymous MiB"]]
+    for what in whats:
+        cold, warm = summary[f"{what}.cold"], summary[f"{what}.warm"]
+        peak = max(cold["worst_peak_anonymous_mib"], warm["worst_peak_anonymous_mib"])
+        name = what if what in ("cp", "llama-quantize") else f"convert --method {what}"
+        cells = [f"{x[key]:.{digits}f}" for x in (cold, warm) for key, digits in _CONVERT_COLUMNS]
+        rows.append([name, *cells, f"{peak:.0f}"])
+    figure, axes = _figure()
+    width = 0.4
+    for number, cache in enumerate(("cold", "warm")):
+        for place, what in enumerate(whats):
+            seconds = [t["seconds"] for t in result["trials"] if (t["what"], t["cache"]) == (what, cache)]
+            middle = summary[f"{what}.{cache}"]["median_seconds"]
+            spread = [[middle - min(seconds)], [max(seconds) - middle]]
+            axes.bar(
+                place + (number - 0.5) * width, middle, width, yerr=spread, capsize=3, color=f"C{number}",
+                label=f"{cache} cache" if not place else None,
+            )  # fmt: skip
+    axes.set_xticks(range(len(whats)), whats)
+    axes.set_ylabel("seconds, to the end of sync")
+    axes.legend()
+    _save(figure, plot)
+    size = result["source_bytes"] / 1e9
+    return [f"{size:.1f} GB in {result['source_files']} files, medians of {trials} trials.", _markdown(rows)]
+
+
+_CONVERT_COLUMNS = (("median_seconds", 1), ("median_ratio_to_cp", 2))
+
+
+def _quality(result: Result, plot: Path) -> list[str]:
+    rows = [["", "bits per weight", "KL divergence, nats", "99 % below", "perplexity, x", "same top token"]]
+    figure, axes = _figure()
+    for trial in result["trials"]:
+        kl, top = trial["kl_mean"], trial["top1_agreement"]
+        cells = [f"{trial['bits_per_weight']:.2f}", _with_error(kl), _with_error(trial["kl_p99"])]
+        cells += [_with_error(trial["perplexity_ratio"], 4), f"{100 * top['value']:.1f} %"]
+        rows.append([trial["recipe"], *cells])
+        axes.errorbar(
+            trial["bits_per_weight"], kl["value"], yerr=kl["error"], fmt="o", capsize=3, label=trial["recipe"]
+        )
+    axes.set_xlabel("bits per weight of the file")
+    axes.set_ylabel("KL divergence, nats")
+    axes.set_yscale("log")
+    axes.legend(fontsize=7)
+    _save(figure, plot)
+    first = result["trials"][0]
+    return [
+        f"{first['windows']} windows of {first['window']} tokens of {first['text']}, {first['predictions']} predicted "
+        f"tokens, computed in {first['dtype']}; with standard errors.",
+        _markdown(rows),
+        *_summary(result, plot),
+    ]
+
+
+def _bench(result: Result, plot: Path) -> list[str]:
+    if any(found["error"] is None for found in result["results"]):
+        bench.plot(result, plot)
+    return [bench.markdown(result)]
+
+
+def _summary(result: Result, plot: Path) -> list[str]:
+    """Whatever is a number or a text in ``summary``."""
+    rows = [["", ""]]
+    for key, value in (result.get("summary") or {}).items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [[f"{key} {name}".strip(), _shown(found)] for name, found in inner]
+    return [_markdown(rows)] if len(rows) > 1 else []
+
+
+SECTIONS: dict[str, tuple[Section, str]] = {
+    "bench": (_bench, "Running"),
+    "convert": (_convert, "Converting"),
+    "quality": (_quality, "Quality"),
+}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _with_error(figure: dict[str, Any], digits: int = 3) -> str:
+    error = "" if figure["error"] is None else f" ± {figure['error']:.1g}"
+    return f"{figure['value']:.{digits}g}{error}"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, path: Path) -> None:
+    """As `glmquant.bench.report.plot` does: the same bytes for the same figures."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "glmquant", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
