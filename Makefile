@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench kernels test-engines clean
+.PHONY: demo test check format bench report kernels test-engines clean
 
 demo: $(READY)  ## convert a real language model to INT8 and INT4 and let it answer
 	TQDM_DISABLE=1 $(BIN)/python -m benchmarks.demo
@@ -23,8 +23,14 @@ format: $(READY)  ## put the code in order
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## speed and memory of convert on the real shapes; needs 40 GB of disk and some minutes
+bench: $(READY)  ## measure converting, running and quality, then render the report; needs 40 GB of disk and half an hour
 	$(BIN)/python -m benchmarks.convert
+	$(BIN)/python -m benchmarks.runtimes
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.report
+
+report: $(READY)  ## only render benchmarks/REPORT.md from benchmarks/results
+	$(BIN)/python -m benchmarks.report
 
 kernels: $(READY)  ## CUDA kernels for every architecture in one file, with nvcc; without it they are compiled on first use
 	$(BIN)/python -m glmquant._cuda.build

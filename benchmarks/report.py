@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _convert(result: Result, plot: Path) -> list[str]:
     for number, cache in enumerate(("cold", "warm")):
         for place, what in enumerate(whats):
             seconds = [t["seconds"] for t in result["trials"] if (t["what"], t["cache"]) == (what, cache)]
-            middle = summary[f"{what}.{cache}"]["median_seconds"]
+            middle = statistics.median(seconds)
             spread = [[middle - min(seconds)], [max(seconds) - middle]]
             axes.bar(
                 place + (number - 0.5) * width, middle, width, yerr=spread, capsize=3, color=f"C{number}",
@@ -93,8 +94,9 @@ def _convert(result: Result, plot: Path) -> list[str]:
     axes.set_ylabel("seconds, to the end of sync")
     axes.legend()
     _save(figure, plot)
-    size = result["source_bytes"] / 1e9
-    return [f"{size:.1f} GB in {result['source_files']} files, medians of {trials} trials.", _markdown(rows)]
+    count = "one trial" if trials == 1 else f"medians of {trials} trials"
+    size = f"{result['source_bytes'] / 1e9:.1f} GB in {result['source_files']} files"
+    return [f"{size}, {count}.", _markdown(rows)]
 
 
 _CONVERT_COLUMNS = (("median_seconds", 1), ("median_ratio_to_cp", 2))

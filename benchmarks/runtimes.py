@@ -1,8 +1,8 @@
 """How fast what ``convert`` writes runs, and in how much memory, by the harness of ``glmquant bench``.
 
-Converts a checkpoint (ChatGLM3-6B's first eight layers in random weights, unless another is given) to INT4 and INT8, and
-measures both, the original, and the INT4 weights multiplied as THUDM's code does. GGUF files of the same weights may be
-added.
+Converts a checkpoint (ChatGLM3-6B's first eight layers in random weights, unless another is given) to INT4 and INT8,
+and measures both, the original, and the INT4 weights multiplied as THUDM's code does. GGUF files of the same weights
+may be added.
 
     python -m benchmarks.runtimes [--source DIR] [--gguf FILE ...] [--prompt N] [--new N] [--batch N ...] [--out FILE]
 

@@ -215,20 +215,36 @@ def _explained(
     taken: list[Step],
     refused: list[Step],
 ) -> list[Choice]:
-    """The choices, each with its reason."""
+    """The choices, each with its reason: the last step that was paid for, and the first that was not.
+
+    Steps are judged by the damage that a MiB removes, so what the cheapest one that was taken removes is the price.
+    """
     whole = sum(found[0].damage for found in options) or 1.0
-    last: dict[int, Step | None] = {step.unit: step for step in taken}
-    following: dict[int, Step | None] = {}
+
+    def rate(step: Step) -> float:
+        return 100 * step.gain / whole / (step.nbytes / _MIB)
+
+    def shown(step: Step) -> str:
+        size, share = step.nbytes / _MIB, 100 * step.gain / whole
+        return f"removes {share:.2g} % of the damage for {size:.2f} MiB, {rate(step):.2g} % a MiB"
+
+    last = {step.unit: step for step in taken}
+    following: dict[int, Step] = {}
     for later in refused:
         following.setdefault(later.unit, later)
+    price = min((rate(step) for step in taken), default=0.0)
     choices = []
     for number, (unit, key) in enumerate(zip(measured.units, keys, strict=True)):
         parts = []
-        for step, verb in ((last.get(number), "was worth"), (following.get(number), "would take")):
-            if step is not None:
-                parts.append(
-                    f"{scheme_name(*step.after.key)} instead of {scheme_name(*step.before.key)} {verb} "
-                    f"{step.nbytes / _MIB:.2f} MiB for {100 * step.gain / whole:.3f} % of the damage"
-                )
+        if number in last:
+            step = last[number]
+            parts.append(f"instead of {scheme_name(*step.before.key)} it {shown(step)}")
+        else:
+            parts.append("the smallest there is")
+        if number in following:
+            step = following[number]
+            parts.append(f"{scheme_name(*step.after.key)} instead {shown(step)}")
+            spent = f"the budget ended at {price:.2g} % a MiB"
+            parts.append(spent if rate(step) < price else "more than the budget had left")
         choices.append(Choice(unit.name, unit.tensors, key[0], key[1], "; ".join(parts)))
     return choices

@@ -2,9 +2,9 @@
 
 Every sum lists the tensors that are alive at one line of the code: transformers' ``modeling_glm.py`` (5.23) for
 ChatGLM2 and later, `glmquant.models.chatglm` for ChatGLM-6B, and for the packed linear layers
-`glmquant.ops.reference`. Widths are per token: h hidden, q all query heads, f of the MLP. torch's
-profiler finds the same bytes (``tests/test_memory_peaks.py``), but for one thing that is a CPU's and no model's: scratch
-of oneDNN's products in bfloat16, 0.1 to 1 MiB for every thread, is left out.
+`glmquant.ops.reference`. Widths are per token: h hidden, q all query heads, f of the MLP. torch's profiler finds the
+same bytes (``tests/test_memory_peaks.py``). One thing is left out, which is a CPU's and no model's: scratch of oneDNN's
+products in bfloat16, 0.1 to 1 MiB for every thread.
 """
 
 from __future__ import annotations

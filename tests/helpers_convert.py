@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -189,3 +190,19 @@ def tmpfs(folder: Path, *options: str) -> Iterator[bool]:
     finally:
         if mounted:
             subprocess.run(["umount", str(folder)], check=True)
+
+
+def glmquant_on_path(folder: Path) -> str:
+    """A PATH on which ``glmquant`` is this one, for scripts."""
+    folder.mkdir(parents=True)
+    command = folder / "glmquant"
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m glmquant.cli "$@"\n')
+    command.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.defpath}"
+
+
+def run_script(script: str, folder: Path, places: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a shell script as pipelines do: it ends with the first command that fails."""
+    return subprocess.run(
+        ["/bin/sh", "-ec", script], env={**os.environ, **places}, cwd=folder, capture_output=True, text=True
+    )

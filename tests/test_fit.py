@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,10 @@ def test_mixed_bits_convert_load_verify_and_check(source: Path, tmp_path: Path, 
     choices = report["recipe"]["fit"]["choices"]
     schemes = {(c["bits"], c["group_size"]) for c in choices}
     assert len(schemes) > 1
-    assert all(choice["reason"] for choice in choices)
+    for choice in choices:  # what it was chosen for, and what it would have taken to be better
+        smallest = choice["bits"] == min(bits for bits, _ in schemes)
+        assert re.search(r"removes [\d.e-]+ % of the damage for [\d.]+ MiB", choice["reason"]) or smallest
+        assert choice["bits"] == 16 or "the budget " in choice["reason"]
     for layer in range(3):
         prefix = f"model.layers.{layer}.self_attn."
         assert len({str(report["tensors"][f"{prefix}{p}_proj.weight"]["scheme"]) for p in "qkv"}) == 1

@@ -20,11 +20,12 @@ import torch
 
 from glmquant.bench import environment
 
-from . import convert, quantize
+from . import convert, memory, quantize
 
 SECTIONS: dict[str, Callable[[], Any]] = {
     "bandwidth": quantize.bandwidth,
     "kernels": quantize.kernels,
+    "memory": memory.predictions,
     "convert": convert.measure_devices,
 }
 RESULTS = Path(__file__).parent.parent / "results"

@@ -1,0 +1,138 @@
+"""`benchmarks.report`: what is committed is what the results give, and what it makes of each kind of result."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+from glmquant.bench import report as bench
+
+pytest.importorskip("matplotlib")
+
+COMMON = {
+    "commit": "0123456789abcdef", "hardware": {"cpu": "An Abacus", "cores": 2, "memory_gib": 4.0},
+    "versions": {"torch": "2.13.0"},
+}  # fmt: skip
+
+
+def rendered(tmp_path: Path, **results: dict[str, Any]) -> str:
+    folder = tmp_path / "results"
+    folder.mkdir(exist_ok=True)
+    for name, result in results.items():
+        (folder / f"{name}.json").write_text(json.dumps({**COMMON, **result}))
+    plots = tmp_path / "plots"
+    plots.mkdir(exist_ok=True)
+    return report.render(folder, plots)
+
+
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    fresh = report.render(report.HERE / "results", tmp_path / "plots")
+    assert fresh == (report.HERE / "REPORT.md").read_text(encoding="utf-8"), "run `make report`"
+    made, kept = ({p.name for p in f.iterdir()} for f in (tmp_path / "plots", report.HERE / "plots"))
+    assert made == kept
+    assert set(re.findall(r"\(plots/(.*?)\)", fresh)) == made
+
+
+def test_the_memory_of_committed_runs_was_predicted() -> None:
+    """Resident memory on a CPU within 5 %, torch's peak on a GPU within 3 %."""
+    compared = 0
+    for path in report.HERE.glob("results/run-*.json"):
+        for result in bench.parse(json.loads(path.read_text()))[1]:
+            if result.predicted is not None:
+                on_cpu = result.device == "cpu"
+                found = result.memory["process" if on_cpu else "allocated"]
+                predicted = result.predicted["peak" if on_cpu else "allocated"]
+                assert predicted == pytest.approx(found, rel=0.05 if on_cpu else 0.03), result.candidate
+                compared += 1
+    assert compared >= 3
+
+
+def test_conversions_are_medians_beside_cp(tmp_path: Path) -> None:
+    def trial(what: str, cache: str, number: int, seconds: float) -> dict[str, Any]:
+        return {"what": what, "cache": cache, "trial": number, "seconds": seconds}
+
+    trials = [
+        trial(what, cache, n, n + 1.0)
+        for what in ("cp", "mse")
+        for cache in ("cold", "warm")
+        for n in range(3)
+    ]
+    figures = {"median_seconds": 2.0, "median_ratio_to_cp": 1.25, "worst_peak_anonymous_mib": 99.6}
+    summary = {f"{what}.{cache}": figures for what in ("cp", "mse") for cache in ("cold", "warm")}
+    result = {
+        "benchmark": "convert", "model": "m", "source_bytes": 4.3e9, "source_files": 3, "trials": trials,
+        "summary": summary,
+    }  # fmt: skip
+    text = rendered(tmp_path, convert=result)
+    assert "## Converting: m" in text
+    assert "4.3 GB in 3 files, medians of 3 trials." in text
+    assert "| convert --method mse | 2.0 | 1.25 | 2.0 | 1.25 | 100 |" in text
+    assert "Commit 0123456789ab; An Abacus, 2 cores, 4.0 GiB; torch 2.13.0; [convert.json]" in text
+    plot = tmp_path / "plots" / "convert.svg"
+    first = plot.read_bytes()
+    assert b"cold cache" in first
+    assert rendered(tmp_path) == text
+    assert plot.read_bytes() == first
+
+
+def test_quality_has_standard_errors(tmp_path: Path) -> None:
+    def figure(value: float, error: float | None = None) -> dict[str, float | None]:
+        return {"value": value, "error": error}
+
+    trial = {
+        "recipe": "INT4, g32", "bits_per_weight": 7.94, "kl_mean": figure(0.4341, 0.01), "kl_p99": figure(3.2),
+        "perplexity_ratio": figure(1.6111, 0.02), "top1_agreement": figure(0.646), "windows": 6, "window": 512,
+        "text": "text.txt", "predictions": 3066, "dtype": "float32",
+    }  # fmt: skip
+    text = rendered(
+        tmp_path, quality={"benchmark": "quality", "trials": [trial], "summary": {"mse / rtn": 0.7}}
+    )
+    assert "| INT4, g32 | 7.94 | 0.434 ± 0.01 | 3.2 | 1.611 ± 0.02 | 64.6 % |" in text
+    assert "| mse / rtn | 0.7 |" in text
+    assert b"INT4, g32" in (tmp_path / "plots" / "quality.svg").read_bytes()
+
+
+def test_a_run_shows_memory_by_term(tmp_path: Path) -> None:
+    from glmquant.bench.cases import Candidate, Result, Trial
+
+    predicted = {
+        "weights": 2 << 30,
+        "scales": 0,
+        "rest": 0,
+        "cache": 1 << 28,
+        "process_base": 1 << 29,
+        "peak": 3 << 30,
+    }
+    memory = {"process": 3 << 30, "base": 1 << 29, "cache": 1 << 28}
+    good = Result(
+        Candidate("a"), None, "cpu", "bfloat16", 1.0, 2 << 30, memory, (Trial(1, 0.5, 1.5),), predicted
+    )
+    bad = Result(Candidate("b", "torchao-int8"), "ModuleNotFoundError: no torchao")
+    result = {
+        "benchmark": "bench", "model": "m", "results": [good.to_json(), bad.to_json()],
+        "workload": {"prompt": 100, "new": 31, "batches": [1], "warmup": 1, "repetitions": 1},
+    }  # fmt: skip
+    text = rendered(tmp_path, run=result)
+    assert "0.500 / 0.500 | 2.000 / 2.000 | 0.250 / 0.250 | 0.250 / 0.250 | 3.000 / 3.000 | +0.0 % |" in text
+    assert "failed: ModuleNotFoundError: no torchao" in text
+    plot = (tmp_path / "plots" / "run.svg").read_bytes()
+    for word in (b"predicted", b"measured", b"KV cache", b"tokens per second"):
+        assert word in plot
+    failed = rendered(tmp_path, run={**result, "results": [bad.to_json()]})
+    assert "plots/" not in failed
+    assert not (tmp_path / "plots" / "run.svg").exists()
+
+
+def test_a_benchmark_that_is_not_known_is_shown_by_its_summary(tmp_path: Path) -> None:
+    text = rendered(
+        tmp_path, gpu={"benchmark": "gpu", "summary": {"decode": {"tok/s": 123.456}, "note": "x|y"}}
+    )
+    assert "## gpu: gpu" in text
+    assert "| decode tok/s | 123.5 |" in text
+    assert r"| note | x\|y |" in text
