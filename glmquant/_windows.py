@@ -61,10 +61,10 @@ def read_text(path: PathLike | None, second_half: bool = False) -> str:
 def halves(text: str) -> tuple[str, str]:
     """The part of a text to calibrate on, and the part to evaluate on, which share no line.
 
-    They meet at the first line that begins behind the middle (at the middle, if there is none).
+    They meet where the first line begins from the middle on; at the middle, if none does.
     """
     middle = len(text) // 2
-    line = text.find("\n", middle - 1) + 1 if middle else 0
+    line = text.find("\n", max(0, middle - 1), -1) + 1
     return text[: line or middle], text[line or middle :]
 
 

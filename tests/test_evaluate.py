@@ -16,7 +16,7 @@ from test_original_tokenizers_tiny import chatglm_folder, sentencepiece_folder
 
 import glmquant
 from glmquant import Evaluation, ModelError, Recipe, SourceError, UsageError
-from glmquant._windows import SAMPLE, cut, read_text
+from glmquant._windows import SAMPLE, cut, halves, read_text
 from glmquant.models.blocks import BlockwiseModel
 from glmquant.models.building import open_checkpoint
 
@@ -162,6 +162,21 @@ def test_the_sample_is_of_the_second_half_of_its_file() -> None:
     if not validation.exists():
         pytest.skip(f"{validation} is not at hand")
     assert sample.strip("\n") in read_text(validation, second_half=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("a\nb\nc\nd\n", "a\nb\n"),
+        ("a\nbb\ncc\nd\n", "a\nbb\n"),
+        ("a long line\nb\n", "a long line\n"),
+        ("one line\n", "one "),
+        ("one line", "one "),
+        ("", ""),
+    ],
+)
+def test_halves_share_no_line_if_there_are_several(text: str, first: str) -> None:
+    assert halves(text) == (first, text[len(first) :])
 
 
 @pytest.mark.parametrize(
