@@ -31,6 +31,8 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
+from transformers.models.auto import tokenization_auto
+from transformers.utils import cached_file
 
 from . import families, formats, hub
 from .errors import SourceError, UnsafeFileError, UsageError
@@ -56,6 +58,9 @@ _RUNTIME_FIELDS = frozenset({
     "attn_implementation", "dtype", "tokenizer_class", "torch_dtype", "transformers_version",
 })  # fmt: skip
 
+# By which Auto classes that nobody registers here, and pipelines, would find code of the folder.
+_CODE_FIELDS = frozenset({"auto_map", "custom_pipelines"})
+
 
 class ChatGLMConfig(chatglm_config.ChatGLMConfig):
     """The configuration by which the Auto classes know ``chatglm`` folders; all of them read it first."""
@@ -70,7 +75,7 @@ class ChatGLMConfig(chatglm_config.ChatGLMConfig):
             SourceError: a value is none that a configuration can have.
             UsageError: neither is a dtype that was asked for.
         """
-        config_dict = dict(config_dict)
+        config_dict = {name: value for name, value in config_dict.items() if name not in _CODE_FIELDS}
         folder = Path(kwargs.get("name_or_path", "."))
         if "name_or_path" in kwargs:
             # AutoModel wants back the options that are no fields; it never looks at the tokenizer.
@@ -219,6 +224,31 @@ def _key(tokenizer: type) -> type:
 
 _KEYS = {name: _key(tokenizer) for name, tokenizer in _TOKENIZERS.items()}
 
+# Where AutoTokenizer runs code of a repository. What a configuration is made from says neither which revision of a
+# repository is meant nor how to get it; this call does.
+_run_code = tokenization_auto.get_class_from_dynamic_module
+_PLACE_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+def _run_code_of_others(class_reference: str, name: str | PathLike[str], *args: Any, **options: Any) -> Any:
+    """What AutoTokenizer calls instead: refuses ``chatglm`` models, whose tokenizers are registered or unknown."""
+    place = {option: options[option] for option in _PLACE_OPTIONS if option in options}
+    path = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, **place)
+    if path is not None and optional_json(Path(path)).get("model_type") == "chatglm":
+        raise UnsafeFileError(
+            f"tokenizer_config.json of {name} asks for code of its own, {class_reference!r} ({', '.join(_TOKENIZERS)} "
+            "are known here); use glmquant.load and glmquant.load_tokenizer, which run no code."
+        )
+    return _run_code(class_reference, name, *args, **options)
+
 
 def register() -> None:
     """Register the classes; done on import, and harmless to repeat."""
@@ -227,6 +257,7 @@ def register() -> None:
         auto.register(ChatGLMConfig, ChatGLMAutoModel, exist_ok=True)
     for name, tokenizer in _TOKENIZERS.items():
         AutoTokenizer.register(_KEYS[name], slow_tokenizer_class=tokenizer, exist_ok=True)
+    tokenization_auto.get_class_from_dynamic_module = _run_code_of_others
 
 
 register()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_cards import offline, published
 from helpers_models import golden
 from helpers_sources import CHATGLM, CHATGLM2, DOWN, HEAD, NORM, random_tensors, tiny_model, write_model
 from safetensors.torch import load_file, save_file
@@ -191,17 +192,62 @@ def plant_code(folder: Path) -> Path:
     return mark
 
 
-def test_no_code_of_the_folder_is_run_and_nothing_is_written_there(tmp_path: Path) -> None:
-    folder = tiny_model(tmp_path)
-    mark = plant_code(folder)
+# Before anything of ours is imported: what a process does that is told to the interpreter's own hooks.
+WATCHED = """
+import os, sys
+FOLDER = {folder!r}
+CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.utime", "os.chmod", "os.symlink", "os.link")
+def watch(event, arguments):
+    if event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
+        os.write(2, f"NETWORK {{event}} {{arguments}}\\n".encode())
+    first = getattr(arguments[0], "co_filename", arguments[0]) if arguments else None
+    path = os.path.abspath(os.fsdecode(first)) if isinstance(first, (str, bytes, os.PathLike)) else ""
+    if event in ("exec", "compile", "import", "ctypes.dlopen"):  # the second: where transformers copies code to
+        named = [path, *(a for a in arguments if isinstance(a, str))]
+        if any(FOLDER + os.sep in n or "transformers_modules" in n for n in named):
+            os.write(2, f"RAN {{event}} {{named}}\\n".encode())
+    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    if path.startswith(FOLDER + os.sep) and (writes or event in CHANGES):
+        os.write(2, f"TOUCHED {{event}} {{arguments}}\\n".encode())
+sys.addaudithook(watch)
+import glmquant
+"""
+
+
+@pytest.mark.parametrize("call", ["load", "load_tokenizer"])
+def test_no_code_of_the_folder_is_run_nothing_written_there_and_nobody_asked(
+    tmp_path: Path, call: str
+) -> None:
+    folder = published(tmp_path, "chatglm3-6b")
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    folder.chmod(0o555)
-    program = f"import glmquant; glmquant.load({str(folder)!r}, device='cpu')"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=tmp_path)
-    folder.chmod(0o755)
-    assert not mark.exists()
+    options = ", device='cpu'" if call == "load" else ""
+    program = WATCHED.format(folder=str(folder)) + f"glmquant.{call}({str(folder)!r}{options})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True, text=True, check=False, env=offline(tmp_path), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.startswith(("NETWORK", "TOUCHED", "RAN"))]
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ("open(FOLDER + '/new', 'w')", "TOUCHED open"),
+        ("sys.path.insert(0, FOLDER); import modeling_chatglm", "RAN exec"),
+        ("import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')", "NETWORK socket.connect"),
+        ("import socket; socket.getaddrinfo('localhost', 9)", "NETWORK socket.getaddrinfo"),
+    ],
+)
+def test_the_watch_sees_what_it_is_for(tmp_path: Path, harm: str, told: str) -> None:
+    folder = published(tmp_path, "chatglm3-6b")
+    program = WATCHED.format(folder=str(folder)).replace("import glmquant", harm)
+    environment = {k: v for k, v in offline(tmp_path).items() if not k.endswith("_proxy")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment
+    )
+    assert told in done.stderr
 
 
 class Danger:
