@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ._convert import ConvertResult, convert, plan_conversion
     from ._evaluate import Estimate, Evaluation, evaluate
     from ._inspect import Inspection, inspect
+    from ._publish import Publication, publish
     from ._recipes import RecipeRow, recipes
     from ._sensitivity import Measurement, measure
     from ._verify import Verification, verify
@@ -58,6 +59,7 @@ _HOMES = {
     "UsageError": "errors", "VerificationError": "errors",
     "Check": "_check", "check": "_check", "RecipeRow": "_recipes", "recipes": "_recipes",
     "Measurement": "_sensitivity", "measure": "_sensitivity", "DoesNotFitError": "errors", "Fit": "recipe",
+    "Publication": "_publish", "publish": "_publish",
     "Plan": "plan", "Recipe": "recipe", "QuantizedTensor": "scheme", "Scheme": "scheme",
     "Download": "hub", "download": "hub",
     "load": "models.loading", "load_tokenizer": "tokenizers.loading",
@@ -66,10 +68,11 @@ _HOMES = {
 
 __all__ = [
     "Check", "ConvertResult", "DoesNotFitError", "Download", "Estimate", "Evaluation", "Fit", "GlmquantError",
-    "HubError", "Inspection", "Measurement", "ModelError", "OutputError", "Plan", "QuantizationError",
+    "HubError", "Inspection", "Measurement", "ModelError", "OutputError", "Plan", "Publication", "QuantizationError",
     "QuantizedSourceError", "QuantizedTensor", "Recipe", "RecipeRow", "Scheme", "SourceError", "UnsafeFileError",
     "UsageError", "Verification", "VerificationError", "__version__", "chat", "check", "convert", "download",
-    "evaluate", "inspect", "load", "load_tokenizer", "measure", "plan_conversion", "recipes", "stream_chat", "verify",
+    "evaluate", "inspect", "load", "load_tokenizer", "measure", "plan_conversion", "publish", "recipes", "stream_chat",
+    "verify",
 ]  # fmt: skip
 
 

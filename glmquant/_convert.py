@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _native, formats
+from ._card import folder_card
 from ._hashing import BackgroundHasher, sha256
 from ._open import OpenedSource, PathLike, open_source
 from ._report import build_report, item_entry
 from ._sidecars import sidecar_files, to_json
 from ._version import __version__
 from ._workers import cores, tuned_for_blocks
-from .checkpoint.output import REPORT, OutputFolder, check_out, write_synced
+from .checkpoint.output import CARD, REPORT, OutputFolder, check_out, write_synced
 from .checkpoint.sink import ShardedSink, ShardLayout
 from .checkpoint.source import TensorSource
 from .errors import OutputError, UsageError
@@ -162,6 +163,7 @@ def convert(
         _verify.check_written(output.partial, plan)
         report = build_report(plan, opened, source_files, hashes, files, entries)
         write_synced(output.partial / REPORT, to_json(report))
+        write_synced(output.partial / CARD, folder_card(output.partial))
         output.commit()
     return ConvertResult(folder, plan, report, hints)
 

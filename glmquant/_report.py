@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from ._card import stated_facts
 from ._open import OpenedSource
+from ._sidecars import repository_name
 from ._version import __version__
 from .plan import Item, Plan
 
@@ -58,7 +60,7 @@ def build_report(
         "source": {
             "stored_as": opened.stored_as.name,
             "adapter": opened.adapter is not None,
-            **_repository(opened),
+            **_origin(opened),
             "files": dict(source_files),
         },
         "files": files,
@@ -67,12 +69,16 @@ def build_report(
     }
 
 
-def _repository(opened: OpenedSource) -> dict[str, Any]:
-    """Where on a hub the source is."""
-    if opened.remote is None:
-        return {}
-    ref = opened.remote.repository.ref
-    return {"repository": f"{ref.hub}:{ref.name}", "commit": opened.remote.repository.commit}
+def _origin(opened: OpenedSource) -> dict[str, Any]:
+    """Where on a hub the source is, what its config.json calls it, and what its own card states."""
+    found: dict[str, Any] = {"stated": stated_facts(opened.folder)}
+    name = repository_name(opened.source.config)
+    if name is not None:
+        found["name"] = name
+    if opened.remote is not None:
+        ref = opened.remote.repository.ref
+        found |= {"repository": f"{ref.hub}:{ref.name}", "commit": opened.remote.repository.commit}
+    return found
 
 
 def _elements(shape: tuple[int, ...]) -> int:

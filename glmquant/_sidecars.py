@@ -31,7 +31,7 @@ def sidecar_files(folder: Path, source_config: Mapping[str, Any], plan: Plan) ->
                 check_inside(folder, path.name, "the checkpoint folder")
                 files[path.name] = path.read_bytes()
     files["config.json"] = to_json(output_config(source_config, plan))
-    repo = _repository(source_config)
+    repo = repository_name(source_config)
     if "tokenizer_config.json" in files:
         tokenizer = read_json(folder / "tokenizer_config.json")
         native = plan.recipe.layout == "native"
@@ -51,7 +51,7 @@ def output_config(source_config: Mapping[str, Any], plan: Plan) -> dict[str, Any
     if plan.recipe.layout == "native" and family.native_config is not None:
         config = family.native_config(source_config)
     else:
-        config = without_code(dict(source_config), _repository(source_config))
+        config = without_code(dict(source_config), repository_name(source_config))
         if plan.family == "chatglm2":
             # What vLLM and SGLang look for.
             config["architectures"] = ["ChatGLMModel"]
@@ -114,7 +114,8 @@ def _qualified(value: Any, repository: str) -> Any:
     return value
 
 
-def _repository(config: Mapping[str, Any]) -> str | None:
+def repository_name(config: Mapping[str, Any]) -> str | None:
+    """The model on Hugging Face that ``config.json`` names as its origin."""
     name = config.get("_name_or_path")
     # Fine-tunes often name a folder here, ./model or ../model: code would then be looked for on the reader's disk.
     return name if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None

@@ -20,6 +20,7 @@ from ._chat_cli import chat
 from ._check_cli import check
 from ._eval_cli import eval_
 from ._hub_cli import download, tell_which
+from ._publish_cli import publish
 from ._recipes_cli import recipes
 from ._terminal import json_option, print_rows, progress_bar
 from ._version import __version__
@@ -416,7 +417,7 @@ def _fit(
     return Fit(parse_size(size), context or 8192, batch or 1)
 
 
-for command in (bench, chat, check, download, eval_, recipes):
+for command in (bench, chat, check, download, eval_, publish, recipes):
     main.add_command(command)
 
 if __name__ == "__main__":

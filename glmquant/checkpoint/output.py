@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -29,6 +30,9 @@ _JOURNAL = ".glmquant-journal.json"
 _LOCK = ".glmquant-lock"
 _FETCHED = ".glmquant-source"
 REPORT = "quantization_report.json"
+CARD = "README.md"
+EVALUATION = "evaluation.json"
+_SEAL = b"<!-- written by glmquant; SHA-256 of the text above: %s -->\n"
 
 
 class OutputFolder:
@@ -215,7 +219,22 @@ def _foreign(out: Path) -> str | None:
         ours = set(json.loads((out / REPORT).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
-    return next((p.name for p in sorted(out.iterdir()) if p.name not in ours | {REPORT, _LOCK}), None)
+    ours |= {REPORT, EVALUATION, _LOCK}
+    if (out / CARD).is_file() and is_sealed((out / CARD).read_bytes()):
+        ours.add(CARD)  # one that somebody has edited is theirs
+    return next((p.name for p in sorted(out.iterdir()) if p.name not in ours), None)
+
+
+def sealed(card: str) -> bytes:
+    """A card with a last line by which `is_sealed` tells whether somebody has edited it."""
+    text = card.encode()
+    return text + _SEAL % hashlib.sha256(text).hexdigest().encode()
+
+
+def is_sealed(card: bytes) -> bool:
+    """Whether a card is as it was written."""
+    text = card[: card.rfind(b"\n", 0, -1) + 1]
+    return card == text + _SEAL % hashlib.sha256(text).hexdigest().encode()
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -37,7 +37,7 @@ class HuggingFace(Repository):
         super().__init__(ref, self._api.endpoint)
         self._token = token
         with self._translated():
-            info = _patiently(
+            info = patiently(
                 partial(
                     self._api.model_info, ref.name, revision=ref.revision, files_metadata=True, timeout=30
                 )
@@ -45,12 +45,7 @@ class HuggingFace(Repository):
         if not info.sha:
             raise HubError(f"{self.endpoint} does not say which commit {ref} is; use another mirror.")
         self.commit = info.sha
-        self.files = {s.rfilename: self._listed(s) for s in info.siblings or ()}
-
-    def _listed(self, sibling: Any) -> RemoteFile:
-        name, lfs = sibling.rfilename, sibling.lfs
-        size = check_size(lfs.size if lfs else sibling.size, name, self.ref)
-        return RemoteFile(name, size, lfs.sha256 if lfs else None, sibling.blob_id if not lfs else None)
+        self.files = {s.rfilename: listed(s, ref) for s in info.siblings or ()}
 
     def cached(self, name: str) -> Path | None:
         """See `Repository`."""
@@ -207,7 +202,14 @@ def cached_file(model: str, name: str, revision: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _patiently(ask: Callable[[], T]) -> T:
+def listed(sibling: Any, ref: Ref) -> RemoteFile:
+    """A file of a listing."""
+    name, lfs = sibling.rfilename, sibling.lfs
+    size = check_size(lfs.size if lfs else sibling.size, name, ref)
+    return RemoteFile(name, size, lfs.sha256 if lfs else None, sibling.blob_id if not lfs else None)
+
+
+def patiently(ask: Callable[[], T]) -> T:
     """Ask again, as a hub that is busy wants it; huggingface_hub does so for files and not for listings."""
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -31,7 +31,7 @@ class ModelScope(Repository):
         Raises:
             HubError: there is none, or nobody answers.
         """
-        self._api = _api(endpoint, token)
+        self._api = client(endpoint, token)
         super().__init__(ref, self._api.legacy.endpoint)
         with self._translated():
             entries = self._api.legacy.list_repo_files(ref.name, "model", self._revision)
@@ -41,7 +41,7 @@ class ModelScope(Repository):
             raise HubError(
                 f"{ref.name} has no revision {self._revision}, or nothing is in it; see {self._page}/files."
             )
-        self.files = {entry["Path"]: self._listed(entry) for entry in entries}
+        self.files = {entry["Path"]: listed(entry, ref) for entry in entries}
         # The listing that clients get names no commit but the last one of every file.
         newest = max(entries, key=lambda entry: entry.get("CommittedDate") or 0)
         self.commit = newest.get("Revision") or self._revision
@@ -53,10 +53,6 @@ class ModelScope(Repository):
     @property
     def _page(self) -> str:
         return f"{self.endpoint}/models/{self.ref.name}"
-
-    def _listed(self, entry: dict[str, Any]) -> RemoteFile:
-        name = entry["Path"]
-        return RemoteFile(name, check_size(entry.get("Size"), name, self.ref), entry.get("Sha256") or None)
 
     def cached(self, name: str) -> Path | None:
         """See `Repository`."""
@@ -165,7 +161,14 @@ class ModelScope(Repository):
             raise
 
 
-def _api(endpoint: str | None = None, token: str | None = None) -> Any:
+def listed(entry: dict[str, Any], ref: Ref) -> RemoteFile:
+    """A file of a listing."""
+    name = entry["Path"]
+    return RemoteFile(name, check_size(entry.get("Size"), name, ref), entry.get("Sha256") or None)
+
+
+def client(endpoint: str | None = None, token: str | None = None) -> Any:
+    """The hub's client."""
     from modelscope_hub import HubApi
 
     # The client warns of every retry; what matters comes as an error.
@@ -185,4 +188,4 @@ def cached_file(api: Any, model: str, name: str, revision: str | None) -> Path |
 
 def offline_file(model: str, name: str, revision: str | None) -> Path | None:
     """Where the cache holds a file, without a word to the network."""
-    return cached_file(_api(), model, name, revision)
+    return cached_file(client(), model, name, revision)

@@ -1,9 +1,12 @@
-"""What modelscope_hub asks a hub for, downloading."""
+"""What modelscope_hub asks a hub for."""
 
 from __future__ import annotations
 
+import base64
+import json
+import mmap
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .protocol import TOKEN, Answer, Request
 from .repositories import Repository
@@ -19,10 +22,17 @@ _ROUTES = (
     (rf"/api/v1/models/{_ID}/revisions", "_revisions"),
     (rf"/api/v1/models/{_ID}", "_model"),
 )
+_WRITING = (
+    (r"/api/v1/models", "_create"),
+    (rf"/api/v1/repos/models/{_ID}/info/lfs/objects/batch", "_batch"),
+    (rf"/api/v1/repos/models/{_ID}/commit/(?P<revision>.+)", "_commit"),
+)
 
 
 def answer(server: HubServer, request: Request) -> Answer:
     """Answer any request."""
+    if request.method == "POST":
+        return _written(server, request)
     for pattern, route in _ROUTES:
         match = re.fullmatch(pattern, request.path)
         if match is None or request.method not in ("GET", "HEAD"):
@@ -39,6 +49,55 @@ def answer(server: HubServer, request: Request) -> Answer:
         found: Answer = globals()[route](server, request, repository, revision)
         return found
     return _error(404, 404, f"no such route: {request.method} {request.path}")
+
+
+def _written(server: HubServer, request: Request) -> Answer:
+    if request.token != TOKEN:
+        return _error(401 if request.token is None else 403, 10010205002, "no permission to write")
+    for pattern, route in _WRITING:
+        match = re.fullmatch(pattern, request.path)
+        if match is not None:
+            values = match.groupdict()
+            if "name" in values:
+                values["repository"] = server.repositories.get(values.pop("name"))
+                if values["repository"] is None:
+                    return _error(404, 10010205001, "record not found")
+            made: Answer = globals()[route](server, json.loads(request.body), **values)
+            return made
+    return _error(404, 404, f"no such route: {request.method} {request.path}")
+
+
+def _create(server: HubServer, asked: dict[str, Any]) -> Answer:
+    name = f"{asked['Path']}/{asked['Name']}"
+    if name in server.repositories:
+        return _error(400, 10010101009, "already exists")
+    repository = server.add(name, private=asked["Visibility"] == 1, default="master")
+    repository.commit({"README.md": f"license: {asked['License']}".encode(), "configuration.json": b"{}"})
+    return _data({"Path": asked["Path"], "Name": asked["Name"]})
+
+
+def _batch(server: HubServer, asked: dict[str, Any], repository: Repository) -> Answer:
+    objects = []
+    for wanted in asked["objects"]:
+        entry = {"oid": wanted["oid"], "size": wanted["size"]}
+        if server.content(wanted["oid"]) is None:
+            entry["actions"] = {"upload": {"href": f"{server.storage_url}/lfs-upload/{wanted['oid']}"}}
+        objects.append(entry)
+    return _data({"objects": objects})
+
+
+def _commit(server: HubServer, asked: dict[str, Any], repository: Repository, revision: str) -> Answer:
+    files: dict[str, bytes | mmap.mmap] = {}
+    for action in asked["actions"]:
+        content = base64.b64decode(action["content"])
+        if action["type"] == "lfs":
+            content = server.content(action["sha256"])
+            if content is None:
+                return _error(400, 10010205003, f"{action['path']} was not uploaded")
+        files[action["path"]] = content
+    return _data(
+        {"CommitId": repository.commit(files, repository.default if revision == "master" else revision)}
+    )
 
 
 def _error(status: int, code: int, message: str) -> Answer:

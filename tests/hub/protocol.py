@@ -20,6 +20,7 @@ class Request:
     path: str
     query: dict[str, str]
     headers: dict[str, str]
+    body: bytes = b""
     status: int = 0
     sent: int = 0
     """bytes of the body that were sent"""
@@ -37,7 +38,7 @@ class Fault:
 
     Attributes:
         status: answered instead of what was asked for; with it `headers`.
-        cut: the connection ends after this share of the body.
+        cut: the connection ends after this share of the body, of the answer or of what is sent.
         flip: one bit of this byte of the file is changed.
         times: how often it happens.
         method: requests that it happens to.

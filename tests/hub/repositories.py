@@ -46,6 +46,12 @@ class Repository:
     commits: dict[str, dict[str, StoredFile]] = field(default_factory=dict)
     listing: dict[str, dict[str, int | str]] = field(default_factory=dict)
 
+    def stored(self, sha256: str) -> StoredFile | None:
+        """A large file of any commit."""
+        return next(
+            (f for files in self.commits.values() for f in files.values() if f.sha256 == sha256), None
+        )
+
     def commit(self, files: Mapping[str, bytes | mmap.mmap], branch: str | None = None) -> str:
         """Add or replace files on a branch; returns the commit."""
         branch = branch or self.default

@@ -6,6 +6,8 @@ connections, change bytes and answer with errors, and it records every request.
 
 from __future__ import annotations
 
+import mmap
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +30,7 @@ class HubServer:
         requests: everything that was asked, in order.
         faults: what goes wrong next.
         rate: bytes per second of all files together; None for as fast as it goes.
+        uploads: large files that came and are in no commit yet, by SHA-256.
     """
 
     def __init__(self) -> None:
@@ -35,6 +38,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.rate: float | None = None
+        self.uploads: dict[str, bytes] = {}
         self.lock = threading.Lock()
         self._due = 0.0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
@@ -78,6 +82,17 @@ class HubServer:
                     return fault
         return None
 
+    def content(self, sha256: str) -> bytes | mmap.mmap | None:
+        """A large file that somebody has uploaded."""
+        if sha256 in self.uploads:
+            return self.uploads[sha256]
+        found = (repository.stored(sha256) for repository in self.repositories.values())
+        return next((stored.data for stored in found if stored is not None), None)
+
+    def uploaded(self) -> list[Request]:
+        """The requests that brought large files, whole or not."""
+        return [request for request in list(self.requests) if request.method == "PUT"]
+
     def wait_for_turn(self, nbytes: int) -> None:
         """Sleep for as long as `nbytes` take at the rate, which all connections share."""
         if self.rate is None:
@@ -110,6 +125,8 @@ def _handler_for(server: HubServer) -> type[BaseHTTPRequestHandler]:
             with server.lock:
                 server.requests.append(request)
             fault = server.fault_for(request)
+            if not self._receive(request, fault):
+                return
             if fault is not None and fault.status is not None:
                 answer = Answer(fault.status, dict(fault.headers))
             else:
@@ -119,7 +136,25 @@ def _handler_for(server: HubServer) -> type[BaseHTTPRequestHandler]:
             except OSError:  # the client has gone away
                 self.close_connection = True
 
-        do_GET = do_HEAD = _handle
+        do_GET = do_HEAD = do_POST = do_PUT = _handle
+
+        def _receive(self, request: Request, fault: Fault | None) -> bool:
+            """Read what is sent; False if the connection ends before it is whole."""
+            size = int(request.headers.get("content-length", 0))
+            cut = fault is not None and fault.cut is not None and request.method != "GET"
+            stop = int(size * fault.cut) if cut else size
+            pieces = bytearray()
+            while len(pieces) < stop:
+                piece = self.rfile.read(min(_CHUNK, stop - len(pieces)))
+                if not piece:
+                    break
+                server.wait_for_turn(len(piece))
+                pieces += piece
+            request.body = bytes(pieces)
+            if cut:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+            return not cut
 
         def _send(self, request: Request, answer: Answer, fault: Fault | None) -> None:
             body = memoryview(answer.body)
