@@ -42,7 +42,9 @@ def stated_facts(folder: Path) -> dict[str, Any]:
     for key in _STATED:
         value = front.get(key)
         texts = value if isinstance(value, list) else [value]
-        if all(isinstance(t, str) and t.isprintable() and 0 < len(t) <= _LONGEST for t in texts):
+        if all(
+            isinstance(t, str) and t.isprintable() and "`" not in t and 0 < len(t) <= _LONGEST for t in texts
+        ):
             found[key] = value
     return found
 

@@ -71,10 +71,8 @@ def build_report(
 
 def _origin(opened: OpenedSource) -> dict[str, Any]:
     """Where on a hub the source is, what its config.json calls it, and what its own card states."""
-    found: dict[str, Any] = {"stated": stated_facts(opened.folder)}
-    name = repository_name(opened.source.config)
-    if name is not None:
-        found["name"] = name
+    origin = {"stated": stated_facts(opened.folder), "name": repository_name(opened.source.config)}
+    found: dict[str, Any] = {key: value for key, value in origin.items() if value}
     if opened.remote is not None:
         ref = opened.remote.repository.ref
         found |= {"repository": f"{ref.hub}:{ref.name}", "commit": opened.remote.repository.commit}

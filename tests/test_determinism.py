@@ -21,7 +21,7 @@ from torch import Tensor
 
 import glmquant
 from glmquant import Recipe
-from glmquant.checkpoint.output import REPORT
+from glmquant.checkpoint.output import CARD, REPORT
 
 # Large enough for several tasks per tensor and several tensors per shard of the source.
 SIZES = {"layers": 3, "hidden": 512, "ffn": 1280, "vocab": 1024}
@@ -84,11 +84,18 @@ def test_files_of_the_source_do_not_matter(source: Path, tmp_path: Path, shards:
     other = small_source(tmp_path / "other", shards=shards, kind=kind, **SIZES)
     found = converted(other, tmp_path / "out")
     reports = [json.loads(files.pop(REPORT)) for files in (usual, found)]
+    cards = [_without_source_files(files.pop(CARD)) for files in (usual, found)]
     assert found == usual
+    assert cards[0] == cards[1]
     sources = [report.pop("source").pop("files") for report in reports]
     assert reports[0] == reports[1]
     assert len(sources[1]) == shards
     assert not {f["sha256"] for f in sources[0].values()} & {f["sha256"] for f in sources[1].values()}
+
+
+def _without_source_files(card: bytes) -> list[str]:
+    """The lines of a card but those with the hashes of what was read, and its seal."""
+    return [line for line in card.decode().splitlines() if not line.startswith(("| read: ", "<!-- "))]
 
 
 def test_time_and_place_do_not_matter(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +154,7 @@ def out(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_report_hashes(source: Path, out: Path) -> None:
     report, files = report_of(out), content(out)
-    del files[REPORT]
+    del files[REPORT], files[CARD]
     assert report["files"] == {name: stated(data) for name, data in files.items()}
     of_source = {"model.safetensors": stated((source / "model.safetensors").read_bytes())}
     assert report["source"] == {"stored_as": "safetensors", "adapter": False, "files": of_source}

@@ -25,7 +25,7 @@ from hub import Fault, HubServer
 
 import glmquant
 from glmquant import HubError, Recipe, SourceError, UnsafeFileError
-from glmquant.checkpoint.output import REPORT
+from glmquant.checkpoint.output import CARD, REPORT
 from glmquant.memory import Workload
 
 HUBS = ("hf", "ms")
@@ -80,6 +80,8 @@ def test_the_same_bytes_as_from_a_folder(server: HubServer, ref: str, source: Pa
     glmquant.convert(source, tmp_path / "local", RTN)
     streamed, local = content(tmp_path / "out"), content(tmp_path / "local")
     reports = json.loads(streamed.pop(REPORT)), json.loads(local.pop(REPORT))
+    assert f"glmquant convert {ref}@" in streamed.pop(CARD).decode()
+    assert "glmquant convert SOURCE OUT" in local.pop(CARD).decode()
     assert streamed == local
     assert reports[0]["source"].pop("repository") == ref
     assert reports[0]["source"].pop("commit") == server.repositories["org/model"].branches["main"]

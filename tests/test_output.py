@@ -40,6 +40,7 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     glmquant.convert(source, out, SMALL_SHARDS)
     shards = [f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)]
     others = [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors.index.json",

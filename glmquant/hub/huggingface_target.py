@@ -35,11 +35,15 @@ class HuggingFaceTarget(Target):
         return f"{self.endpoint}/{self.ref.name}"
 
     def create(self, private: bool, licence: str | None) -> None:
-        """See `Target`; the licence is in the card."""
+        """See `Target`; the licence is in the card, and some organizations keep everything private."""
         with self._translated():
             patiently(
                 partial(
-                    self._api.create_repo, self.ref.name, private=private, repo_type="model", exist_ok=True
+                    self._api.create_repo,
+                    self.ref.name,
+                    private=private or None,
+                    repo_type="model",
+                    exist_ok=True,
                 )
             )
 

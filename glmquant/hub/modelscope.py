@@ -171,8 +171,8 @@ def client(endpoint: str | None = None, token: str | None = None) -> Any:
     """The hub's client."""
     from modelscope_hub import HubApi
 
-    # The client warns of every retry; what matters comes as an error.
-    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
+    # The client tells of every retry; what matters comes as an error.
+    logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
     return HubApi(endpoint=endpoint, token=token)
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 from glob import escape
 from pathlib import Path
 
+from .._hashing import sha256
 from .._version import __version__
 from ..errors import HubError
 from .modelscope import client, listed
@@ -17,6 +18,7 @@ from .target import Target
 
 _LOGIN = "log in with `modelscope login` or set MODELSCOPE_API_TOKEN, with a token that may write"
 _BRANCH = "master"
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _PRIVATE = 1  # as ModelScope counts; 5 is public
 
 
@@ -63,16 +65,27 @@ class ModelScopeTarget(Target):
 
     def upload(self, folder: Path, names: Collection[str]) -> str:
         """See `Target`."""
-        with self._translated(), redirect_stdout(io.StringIO()):  # the client prints a report of its own
-            self._api.upload_folder(
-                self.ref.name,
-                "model",
-                folder,
-                commit_message=f"Upload with glmquant {__version__}",
-                revision=_BRANCH,
-                allow_patterns=[escape(name) for name in names],
-                use_cache=False,  # it would lie in `folder`; the hub knows what it has
-            )
+        smallest = min(names, key=lambda name: (folder / name).stat().st_size)
+        asked = {"oid": sha256(folder / smallest), "size": (folder / smallest).stat().st_size}
+        with (
+            self._translated()
+        ):  # the client says of a failed upload only that it failed, also for want of permission
+            self._api.legacy.validate_blobs(self.ref.name, "model", [asked])
+        # The client commits what it could upload, whatever became of the rest: what makes a model of it comes last.
+        weights = [name for name in names if name.endswith(_WEIGHTS)]
+        for part in (weights, [name for name in names if name not in weights]):
+            if not part:
+                continue
+            with self._translated(), redirect_stdout(io.StringIO()):  # the client prints a report of its own
+                self._api.upload_folder(
+                    self.ref.name,
+                    "model",
+                    folder,
+                    commit_message=f"Upload with glmquant {__version__}",
+                    revision=_BRANCH,
+                    allow_patterns=[escape(name) for name in part],
+                    use_cache=False,  # it would lie in `folder`; the hub knows what it has
+                )
         entries = self._api.legacy.list_repo_files(self.ref.name, "model", _BRANCH)
         return str(max(entries, key=lambda entry: entry.get("CommittedDate") or 0)["Revision"])
 

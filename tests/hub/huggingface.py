@@ -104,7 +104,7 @@ def _create(server: HubServer, request: Request) -> Answer:
         return refusal
     status = 409 if name in server.repositories else 200
     if status == 200:
-        server.add(name, private=bool(asked.get("private"))).commit(
+        server.add(name, private=asked.get("visibility") == "private").commit(
             {".gitattributes": b"*.safetensors filter=lfs"}
         )
     return Answer.of_json({"url": f"{server.url}/{name}", "name": name}, status)

@@ -1,0 +1,222 @@
+"""The model card: what it says, that it says nothing else, and that an edited one is left alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers_convert import run_cli, small_source
+from helpers_sources import CHATGLM, random_tensors, write_model
+from huggingface_hub import ModelCard
+
+import glmquant
+from glmquant import OutputError, Recipe
+from glmquant._card import folder_card, written_by_us
+from glmquant.checkpoint.output import CARD, EVALUATION, REPORT
+from glmquant.recipe import Fit
+
+
+def source_of(root: Path, readme: str | None = None, *licences: str, **fields: Any) -> Path:
+    folder = small_source(root / "source")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    if readme is not None:
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+    for name in licences:
+        (folder / name).write_text("terms")
+    return folder
+
+
+def front(card: str | bytes | Path) -> dict[str, Any]:
+    """The front matter, as the hub's own library reads it."""
+    text = card.read_text() if isinstance(card, Path) else card.decode() if isinstance(card, bytes) else card
+    found: dict[str, Any] = ModelCard(text).data.to_dict()
+    return found
+
+
+def card_of(tmp_path: Path, source: Path, recipe: Recipe | None = None) -> tuple[dict[str, Any], str]:
+    glmquant.convert(source, tmp_path / "out", recipe or Recipe(method="rtn"))
+    text = (tmp_path / "out" / CARD).read_text(encoding="utf-8")
+    return front(text), text
+
+
+GLM4 = """---
+license: other
+license_name: glm-4
+license_link: https://huggingface.co/THUDM/glm-4-9b-chat/blob/main/LICENSE
+language:
+- zh
+- en
+tags:
+- thudm
+---
+
+# GLM-4
+"""
+OTHER = {"license": "other"}
+
+
+def test_what_hubs_index(tmp_path: Path) -> None:
+    data, text = card_of(tmp_path, source_of(tmp_path, GLM4, "LICENSE", _name_or_path="THUDM/glm-4-9b-chat"))
+    assert {
+        key: data[key] for key in ("base_model", "base_model_relation", "library_name", "pipeline_tag")
+    } == {
+        "base_model": "THUDM/glm-4-9b-chat",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    assert (data["license"], data["license_name"]) == ("other", "glm-4")
+    assert data["license_link"] == "https://huggingface.co/THUDM/glm-4-9b-chat/blob/main/LICENSE"
+    assert data["language"] == ["zh", "en"]
+    assert {"glmquant", "int4", "4-bit", "quantized", "compressed-tensors"} <= set(data["tags"])
+    assert "thudm" not in data["tags"]
+    assert "`glm-4`" in text
+    assert "[LICENSE](LICENSE)" in text
+
+
+@pytest.mark.parametrize(
+    ("readme", "licences", "fields"),
+    [
+        (None, (), {}),
+        ("# no front matter", (), {}),
+        ("---\nlicense: [\n---\n", (), {}),
+        ("---\n- a\n- b\n---\n", (), {}),
+        ("---\nlicense: 5\nlicense_link: !!python/object/apply:os.system ['true']\n---\n", (), {}),
+        ("---\nlicense: \"a\\u202eb\"\n---\n", (), {}),
+        ("---\nlicense: mit\n---\n", (), {"license": "mit"}),
+        ("---\nlanguage: zh\n---\n", ("LICENSE", "MODEL_LICENSE"), OTHER | {"license_link": "MODEL_LICENSE"}),
+        ("---\nlicense: other\nlicense_link: LICENSE\n---\n", (), OTHER),
+        ("---\nlicense: other\nlicense_link: LICENSE\n---\n", ("LICENSE",), OTHER | {"license_link": "LICENSE"}),
+        ("---\nlicense: Apache License 2.0\n---\n", (), OTHER),
+    ],
+)  # fmt: skip
+def test_licences_are_repeated_and_never_invented(
+    tmp_path: Path, readme: str | None, licences: tuple[str, ...], fields: dict[str, str]
+) -> None:
+    data, text = card_of(tmp_path, source_of(tmp_path, readme, *licences))
+    assert {key: value for key, value in data.items() if key.startswith("license")} == fields
+    assert ("came with no word on it" in text) == (not fields)
+    if readme is not None and "Apache" in readme:
+        assert "`Apache License 2.0`" in text
+
+
+def test_what_it_says_is_in_the_report(tmp_path: Path) -> None:
+    _, text = card_of(tmp_path, source_of(tmp_path), Recipe(bits=8, group_size=64, quantize_head=True))
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    for entry in (*report["source"]["files"].values(), report["files"]["model.safetensors"]):
+        assert entry["sha256"] in text
+    assert f"{report['summary']['bits_per_weight']} bits per weight" in text
+    assert "INT8, groups of 64; embeddings 16 bit, output head 8 bit" in text
+    assert (
+        "--bits 8 --group-size 64 --method mse --format compressed-tensors --layout native --quantize-head"
+        in text
+    )
+
+
+def test_the_command_in_it_makes_the_same_bytes(tmp_path: Path) -> None:
+    recipe = Recipe(bits=4, group_size=32, symmetric=False, layout="original")
+    source = source_of(tmp_path)
+    _, text = card_of(tmp_path, source, recipe)
+    (line,) = [line for line in text.splitlines() if line.startswith("glmquant convert SOURCE OUT")]
+    command = line.replace("SOURCE", str(source)).replace("OUT", str(tmp_path / "again")).split()[1:]
+    assert run_cli(*command).returncode == 0
+    for name in ("model.safetensors", CARD, REPORT):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_memory_is_that_of_recipes(tmp_path: Path) -> None:
+    from glmquant.memory import Workload
+    from glmquant.recipe import show_size
+
+    source = source_of(tmp_path)
+    recipe = Recipe(method="rtn", group_size=64)
+    _, text = card_of(tmp_path, source, recipe)
+    cells = {}
+    for runtime in ("glmquant", "transformers", "vllm"):
+        rows = glmquant.recipes(source, Workload(256), runtime=runtime)
+        (row,) = [r for r in rows if r.name == "compressed-tensors int4 g64"]
+        assert row.memory is not None
+        cells[runtime] = show_size(row.memory.peak)
+    assert f"| tokens | {' | '.join(cells)} |" in text
+    assert f"| 256 | {' | '.join(cells.values())} |" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "library", "said", "unsaid"),
+    [
+        (Recipe(method="rtn"), "transformers", ("from transformers import", "vllm serve", "glmquant chat"), ()),
+        (Recipe(bits=8, format="cpm"), "glmquant", ("glmquant.load",), ("from transformers", "vLLM")),
+        (Recipe(method="rtn", layout="original"), "glmquant", ("`ChatGLMModel`",), ("from transformers", "vllm serve")),
+        (Recipe(bits=16), "transformers", ("from transformers import",), ("base_model_relation", "quantized")),
+    ],
+    ids=["native", "cpm", "original", "16-bit"],
+)  # fmt: skip
+def test_it_names_what_can_load_the_folder(
+    tmp_path: Path, recipe: Recipe, library: str, said: tuple[str, ...], unsaid: tuple[str, ...]
+) -> None:
+    data, text = card_of(tmp_path, source_of(tmp_path, _name_or_path="THUDM/chatglm3-6b"), recipe)
+    assert data["library_name"] == library
+    body = text.partition("\n---\n")[0] + text.partition("## How to load")[2]
+    assert all(words in body for words in said)
+    assert not [words for words in unsaid if words in body.replace("keeps quantized weights", "")]
+    assert "llama.cpp reads GGUF files only" in text
+
+
+def test_chatglm_6b_and_a_budget(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "first", CHATGLM, random_tensors(CHATGLM))
+    glmquant.convert(folder, tmp_path / "out", Recipe(method="rtn"))
+    assert front(tmp_path / "out" / CARD)["library_name"] == "glmquant"
+    source = source_of(tmp_path)
+    fit = Recipe(fit=Fit(1 << 31, 128))
+    glmquant.convert(source, tmp_path / "fit", fit)
+    text = (tmp_path / "fit" / CARD).read_text()
+    assert f"--fit {1 << 31} --context 128 --batch 1" in text
+    assert "INT4 and INT8, chosen for every layer" in text
+    assert "4-bit" not in front(text)["tags"]
+
+
+def test_figures_of_an_evaluation(tmp_path: Path) -> None:
+    card_of(tmp_path, source_of(tmp_path))
+    figure = {"value": 0.012345, "error": 0.0004}
+    found = {
+        "text": "/home/somebody/mine.txt", "predictions": 1234, "window": 512, "dtype": "float32",
+        **dict.fromkeys(("perplexity", "source_perplexity", "kl_mean", "top1_agreement"), figure),
+    }  # fmt: skip
+    (tmp_path / "out" / EVALUATION).write_text(json.dumps(found))
+    text = folder_card(tmp_path / "out").decode()
+    assert "| KL divergence, nats per token | 0.01235 ± 0.0004 |" in text
+    assert "| same likeliest token | 1.234 ± 0.04 % |" in text
+    assert "mine.txt" in text
+    assert "/home" not in text
+    assert glmquant.verify(tmp_path / "out").ok
+
+
+def test_names_that_would_break_the_card(tmp_path: Path) -> None:
+    """What other people wrote stays a value."""
+    name = 'a"b: [x](javascript:1)'
+    source = source_of(tmp_path, f"---\n{yaml.safe_dump({'license_name': name, 'language': ['zh: x']})}---\n")
+    data, _ = card_of(tmp_path, source)
+    assert data["language"] == ["zh: x"]
+    assert "license_name" not in data or data["license_name"] == name
+
+
+def test_an_edited_card_is_somebody_elses(tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    card_of(tmp_path, source)
+    out = tmp_path / "out"
+    assert written_by_us(out)
+    glmquant.convert(source, out, Recipe(method="rtn"), force=True)
+    path = out / CARD
+    written = path.read_bytes()
+    for edited in (written + b"\n", b"x" + written, b"", written.replace(b"INT4", b"INT5")):
+        path.write_bytes(edited)
+        assert not written_by_us(out)
+    assert glmquant.verify(out).ok
+    with pytest.raises(OutputError, match=r"README\.md, which glmquant did not write"):
+        glmquant.convert(source, out, Recipe(method="rtn"), force=True)
+    path.unlink()
+    assert written_by_us(out)
