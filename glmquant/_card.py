@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from . import formats
+from ._sidecars import to_json
 from .checkpoint.files import read_json
-from .checkpoint.output import CARD, EVALUATION, REPORT, is_sealed, sealed
+from .checkpoint.output import CARD, EVALUATION, REPORT, is_sealed, replace_file, sealed
 from .checkpoint.source import open_folder
 from .errors import SourceError
 from .memory import Model, Workload, estimate
@@ -64,6 +65,17 @@ def folder_card(folder: Path, hub: str | None = None, name: str | None = None) -
         raise SourceError(
             f"{folder / REPORT} or {EVALUATION} is damaged ({error!r}); convert again."
         ) from None
+
+
+def record_evaluation(folder: Path, found: Mapping[str, Any]) -> None:
+    """Keep what `evaluate` found in a converted folder, and in its card unless somebody has edited that."""
+    ours = written_by_us(folder)
+    kept = {
+        key: value for key, value in found.items() if key not in ("out", "source")
+    }  # paths of one machine
+    replace_file(folder / EVALUATION, to_json({**kept, "text": Path(found["text"]).name}))
+    if ours:
+        replace_file(folder / CARD, folder_card(folder))
 
 
 def written_by_us(folder: Path) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
 from ._terminal import json_option, print_rows, progress_bar
+from .checkpoint.output import REPORT
+from .errors import UsageError
 
 
 @click.command("eval")
@@ -32,6 +35,7 @@ from ._terminal import json_option, print_rows, progress_bar
     type=click.Choice(["float16", "bfloat16", "float32"]),
     help="Of both models.  [default: float32 on a CPU, else as the source's config.json says]",
 )
+@click.option("--record", is_flag=True, help="Keep the figures in OUT, for its model card.")
 @json_option
 def eval_(
     out: str,
@@ -43,6 +47,7 @@ def eval_(
     windows: int | None,
     device: str,
     dtype: str | None,
+    record: bool,
     as_json: bool,
 ) -> None:
     """Measure on text how much the model OUT differs from its source.
@@ -57,6 +62,9 @@ def eval_(
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
     from ._evaluate import Estimate, evaluate
 
+    if record and not (Path(out) / REPORT).is_file():
+        raise UsageError(f"--record keeps the figures in a folder that convert wrote, and {out} is none.")
+
     with progress_bar("evaluating", quiet=as_json, unit="blocks") as report:
         found = evaluate(
             out,
@@ -70,6 +78,10 @@ def eval_(
             dtype=dtype,
             progress=report,
         )
+    if record:
+        from ._card import record_evaluation
+
+        record_evaluation(Path(out), found.to_json())
     if as_json:
         return click.echo(json.dumps(found.to_json(), indent=2))
 

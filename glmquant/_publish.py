@@ -13,8 +13,8 @@ from ._card import folder_card, stated_licence, written_by_us
 from ._hashing import sha256
 from ._verify import verify
 from .checkpoint.files import read_json
-from .checkpoint.output import CARD, EVALUATION, REPORT, write_synced
-from .errors import HubError, OutputError, UsageError, VerificationError
+from .checkpoint.output import CARD, EVALUATION, REPORT, replace_file
+from .errors import HubError, UsageError, VerificationError
 from .hub.repository import RemoteFile, check_name
 from .hub.target import open_target, target_of
 
@@ -97,7 +97,7 @@ def publish(
         return Publication(ref, None, None, card.decode(errors="replace"), sizes, tuple(notes))
     target = open_target(ref, endpoint, token)
     if ours:
-        _replace(folder / CARD, card)
+        replace_file(folder / CARD, card)
     target.create(private, stated_licence(report))
     if target.is_private() != private:
         if private:
@@ -146,13 +146,3 @@ def _refuse_others(
                 f"{page} already holds {name}, which is not what is to be published; choose another name, or delete "
                 "that repository first."
             )
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Replace a small file in one step."""
-    fresh = path.with_name(f".{path.name}.new")
-    write_synced(fresh, data)
-    try:
-        fresh.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}.") from None

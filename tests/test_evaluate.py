@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -264,6 +265,31 @@ def test_nan_is_a_fault_of_the_model(
     assert done.returncode == 1
     assert "is at fault" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_figures_are_kept_for_the_model_card(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(models["int4"], tmp_path / "out"))
+    command = [
+        sys.executable,
+        "-m",
+        "glmquant.cli",
+        "eval",
+        "--source",
+        str(models["source"]),
+        "--record",
+        "--json",
+    ]
+    command += ["--text", str(text), "--window", "16", "--device", "cpu"]
+    done = subprocess.run([*command, str(out)], capture_output=True, text=True, check=True)
+    shown, kept = json.loads(done.stdout), json.loads((out / "evaluation.json").read_text())
+    assert kept == {**{k: v for k, v in shown.items() if k not in ("out", "source")}, "text": text.name}
+    card = (out / "README.md").read_text()
+    assert f"| perplexity | {shown['perplexity']['value']:.4g}" in card
+    assert str(tmp_path) not in card + (out / "evaluation.json").read_text()
+    assert glmquant.verify(out).ok
+    done = subprocess.run([*command, str(models["source"])], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--record keeps the figures in a folder that convert wrote" in done.stderr
 
 
 PROGRAM = """

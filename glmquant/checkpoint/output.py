@@ -252,6 +252,20 @@ def write_synced(path: Path, data: bytes) -> None:
         raise write_error(path.parent, error) from None
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file, in one step where there is one already.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    fresh = path.with_name(f".{path.name}.new")
+    write_synced(fresh, data)
+    try:
+        fresh.replace(path)
+    except OSError as error:
+        raise write_error(path.parent, error) from None
+
+
 def write_error(partial: Path, error: OSError, needed: int | None = None) -> OutputError:
     """What a failed write in the folder `partial` means; `needed` is what the whole conversion takes there."""
     if error.errno == errno.EFBIG:

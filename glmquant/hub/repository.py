@@ -94,12 +94,19 @@ class Repository(ABC):
         Raises:
             HubError: the hub does not give it, or twice something else than it lists.
         """
-        file = self.files[name]
-        if folder is not None and (folder / name).is_file() and file.matches(folder / name):
+        return self.checked(name, folder, self.fetch_unchecked(name, folder, on_bytes), on_bytes)
+
+    def fetch_unchecked(self, name: str, folder: Path | None, on_bytes: OnBytes | None) -> Path:
+        """The first half of `fetch`: download; a whole file that is there already is taken as it is."""
+        if folder is not None and (folder / name).is_file():
             if on_bytes is not None:
-                on_bytes(file.size)
+                on_bytes(self.files[name].size)
             return folder / name
-        path = self._fetch(name, folder, False, on_bytes)
+        return self._fetch(name, folder, False, on_bytes)
+
+    def checked(self, name: str, folder: Path | None, path: Path, on_bytes: OnBytes | None) -> Path:
+        """The second half: `path`, or the file downloaded once more where it is not the one that is listed."""
+        file = self.files[name]
         if not file.matches(path):
             path = self._fetch(name, folder, True, on_bytes)
             if not file.matches(path):

@@ -6,7 +6,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..checkpoint.source import TensorInfo, TensorSource, open_shard
 from ..errors import SourceError
 from .fetching import check_room, fetch_description, fetch_sidecars
 from .headers import read_infos
-from .repository import Repository, Stopped
+from .repository import OnBytes, Repository, Stopped
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,8 @@ _PATIENCE_S = 1.0  # clients notice that they are to stop when the next bytes co
 
 class HubSource:
     """Shards come one after the other, in one thread, in the order in which they were announced by `prefetch`.
+
+    A second thread compares the hash of the one that has come with what the hub lists, while the next is on its way.
 
     By default into the cache of the hub's own client, where they stay; `keep_in` has them in a scratch folder, and
     deleted as soon as they are released. What is in the cache already is used from there.
@@ -135,20 +137,23 @@ class HubSource:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _work(self) -> None:
-        while (shard := self._wanted.get()) is not None:
-            future = self._shards.get(shard)
-            if future is None:  # released before it came
-                continue
-            try:
-                _settle(future, self._fetched(shard))
-            except BaseException as error:
-                _settle(future, error=error)
-                if self._stopped.is_set():
-                    return
+        with ThreadPoolExecutor(1, thread_name_prefix="glmquant-check") as checker:
+            while (shard := self._wanted.get()) is not None:
+                future = self._shards.get(shard)
+                if future is None:  # released before it came
+                    continue
+                count = self._counter(shard)
+                try:
+                    folder, path = self._fetched(shard, count)
+                except BaseException as error:
+                    _settle(future, error=error)
+                    if self._stopped.is_set():
+                        return
+                else:
+                    checker.submit(self._check, future, shard, folder, path, count)
 
-    def _fetched(self, shard: str) -> TensorSource:
-        repository = self.repository
-        size = repository.files[shard].size
+    def _counter(self, shard: str) -> OnBytes:
+        size = self.repository.files[shard].size
         got = 0
 
         def count(nbytes: int) -> None:
@@ -159,20 +164,33 @@ class HubSource:
             if self.on_shard is not None:
                 self.on_shard(shard, got, size)
 
-        folder = self._scratch
-        path = repository.cached(shard)
+        return count
+
+    def _fetched(self, shard: str, count: OnBytes) -> tuple[Path | None, Path]:
+        """The folder to keep a shard in, and where it is now; None is the client's cache."""
+        path = self.repository.cached(shard)
         if path is not None:
-            folder = path.parents[shard.count("/")]
-        elif folder is None:
-            folder = repository.fetch(shard, None, count).parents[shard.count("/")]
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            repository.fetch(shard, folder, count)
-        source = open_shard(folder, shard)
+            return None, path
+        if self._scratch is not None:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+        return self._scratch, self.repository.fetch_unchecked(shard, self._scratch, count)
+
+    def _check(
+        self, future: Future[TensorSource], shard: str, folder: Path | None, path: Path, count: OnBytes
+    ) -> None:
+        try:
+            _settle(future, self._opened(shard, self.repository.checked(shard, folder, path, count)))
+        except BaseException as error:
+            _settle(future, error=error)
+
+    def _opened(self, shard: str, path: Path) -> TensorSource:
+        source = open_shard(path.parents[shard.count("/")], shard)
         here = {name: (info.dtype, info.shape) for name, info in source.infos().items()}
         listed = {n: (i.dtype, i.shape) for n, i in self._infos.items() if i.shard == shard}
         if listed.items() - here.items():
-            raise SourceError(f"{shard} of {repository.ref} holds other tensors than its header told before.")
+            raise SourceError(
+                f"{shard} of {self.repository.ref} holds other tensors than its header told before."
+            )
         return source
 
 

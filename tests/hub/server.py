@@ -20,6 +20,7 @@ from .protocol import Answer, Fault, Request
 from .repositories import Repository
 
 _CHUNK = 64 << 10
+_CREDIT_S = 0.1
 
 
 class HubServer:
@@ -98,7 +99,8 @@ class HubServer:
         if self.rate is None:
             return
         with self.lock:
-            self._due = max(self._due, time.monotonic()) + nbytes / self.rate
+            # What a thread slept too long is made good by the next.
+            self._due = max(self._due, time.monotonic() - _CREDIT_S) + nbytes / self.rate
             due = self._due
         time.sleep(max(0.0, due - time.monotonic()))
 
