@@ -3,7 +3,7 @@
 The hub is on this machine and sends at a fixed rate, to the real client of Hugging Face. Disk is what lies in the
 folder of the work, looked at twenty times a second: the client's cache, the fetched files, OUT.
 
-    python -m benchmarks.stream [--layers 8] [--rate 200] [--trials 3] [--out results.json]
+    python -m benchmarks.stream [--layers 8] [--rate 125] [--trials 3] [--out results.json]
 
 The last line is one JSON document.
 """
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--model", choices=synthetic.MODELS, default="chatglm3-6b")
     parser.add_argument("--layers", type=int, default=8, help="only the first N layers (8 make 4.3 GB)")
     parser.add_argument("--shards", type=int, default=7)
-    parser.add_argument("--rate", type=float, default=200, help="MB per second that the hub sends")
+    parser.add_argument("--rate", type=float, default=125, help="MB per second that the hub sends")
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glmquant-bench-stream")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
