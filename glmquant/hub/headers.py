@@ -9,7 +9,10 @@ from __future__ import annotations
 import io
 import tempfile
 import zipfile
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ _FIRST = 64 << 10
 _LARGEST_HEADER = 100_000_000  # the safetensors library's own limit
 # The directory of a .bin with a thousand tensors; the second if there are even more.
 _TAILS = (128 << 10, 4 << 20)
+_AT_ONCE = 8
 _LOCAL_HEADER = 4096  # of a zip entry: 30 bytes, its name, and padding
 
 
@@ -39,9 +43,10 @@ def read_infos(repository: Repository, weights: WeightFiles) -> Mapping[str, Ten
         folder = Path(scratch)
         try:
             for shard in weights.shards:
-                path = folder / shard
-                path.parent.mkdir(parents=True, exist_ok=True)
-                (_outline_safetensors if safetensors else _outline_bin)(repository, shard, path)
+                (folder / shard).parent.mkdir(parents=True, exist_ok=True)
+            outline = partial(_outline_safetensors if safetensors else _outline_bin, repository, folder)
+            with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="glmquant-headers") as pool:
+                deque(pool.map(outline, weights.shards), maxlen=0)
             kind = SafetensorsSource if safetensors else _OutlinedBinSource
             return dict(kind(folder, weights).infos())
         except SourceError as error:
@@ -64,21 +69,21 @@ class _OutlinedBinSource(BinSource):
             return load_bin(path)
 
 
-def _outline_safetensors(repository: Repository, shard: str, path: Path) -> None:
+def _outline_safetensors(repository: Repository, folder: Path, shard: str) -> None:
     size = repository.files[shard].size
     start = repository.read(shard, 0, min(size, _FIRST))
     end = 8 + int.from_bytes(start[:8], "little")
     if len(start) < end <= min(size, 8 + _LARGEST_HEADER):
         start += repository.read(shard, len(start), end)
     # A header that is too long to be one is left to the library, which says so.
-    with path.open("wb") as file:
+    with (folder / shard).open("wb") as file:
         file.write(start[:end])
         file.truncate(size)
 
 
-def _outline_bin(repository: Repository, shard: str, path: Path) -> None:
+def _outline_bin(repository: Repository, folder: Path, shard: str) -> None:
     """The directory at the end of the zip file, and the pickle at its beginning, which names the tensors."""
-    size = repository.files[shard].size
+    size, path = repository.files[shard].size, folder / shard
     with path.open("wb") as file:
         file.truncate(size)
         for length in _TAILS:
