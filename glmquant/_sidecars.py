@@ -13,13 +13,9 @@ from typing import Any
 
 from . import families, formats
 from .checkpoint.files import CARRIED, check_inside, read_json
-from .families import Dims
 from .formats import StoredWeight
 from .plan import Plan
-
-# Rows of the embedding beyond the tokenizer are padding; with this many, the role tokens of ChatGLM3 exist.
-_CHATGLM3_ROWS = 65024
-_CHATGLM3_STOPS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
+from .prompts.chatglm2 import ChatGLM2Prompt
 
 
 def sidecar_files(folder: Path, source_config: Mapping[str, Any], plan: Plan) -> dict[str, bytes]:
@@ -52,10 +48,7 @@ def output_config(source_config: Mapping[str, Any], plan: Plan) -> dict[str, Any
         config = family.native_config(source_config)
     else:
         config = without_code(dict(source_config), repository_name(source_config))
-        if plan.family == "chatglm2":
-            # What vLLM and SGLang look for.
-            config["architectures"] = ["ChatGLMModel"]
-            config["original_rope"] = config.get("original_rope", True)
+        config.update(family.original_config(source_config))
     weights = [
         StoredWeight(i.name, i.scheme, (i.shape[0], i.shape[1]), i.role) for i in plan.items if i.scheme
     ]
@@ -76,23 +69,16 @@ def generation_config(source_config: Mapping[str, Any], plan: Plan, *, has_roles
 
     `has_roles`: the tokenizer may be ChatGLM3's, whose answers end where the next role begins.
     """
+    sampling = ChatGLM2Prompt.sampling  # ChatGLM3-6B's too; GLM-4's folders have the file
     defaults = {
         "do_sample": True,
-        "eos_token_id": stop_ids(source_config, plan.family, plan.dims, has_roles=has_roles),
-        "max_length": min(8192, plan.dims.context),
+        "eos_token_id": families.FAMILIES[plan.family].stop_ids(source_config, has_roles),
+        "max_length": min(sampling.max_length, plan.dims.context),
         "pad_token_id": source_config.get("pad_token_id"),
-        "temperature": 0.8,
-        "top_p": 0.8,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
     }
     return {key: value for key, value in defaults.items() if value is not None}
-
-
-def stop_ids(config: Mapping[str, Any], family: str, dims: Dims, *, has_roles: bool) -> Any:
-    """Ids at which generation ends: those of ``config.json``, and ChatGLM3's roles, which only its ``chat()`` knew."""
-    stops = config.get("eos_token_id")
-    if has_roles and family == "chatglm2" and dims.vocab == _CHATGLM3_ROWS and stops == 2:
-        return list(_CHATGLM3_STOPS)
-    return stops
 
 
 def without_code(config: dict[str, Any], repository: str | None) -> dict[str, Any]:

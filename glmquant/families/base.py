@@ -155,6 +155,9 @@ class Family:
         describe: the published model that a config looks like, for people.
         native_config: ``config.json`` of the native layout, without the quantization part; None if there is none.
         unsupported: switches of the original code that no published model sets, with the only value known here.
+        original_config: what ``config.json`` of the original layout says whatever the source said.
+        stop_ids: where the original ``chat()`` ends an answer, from a config; the flag says that the tokenizer may have
+            role tokens.
     """
 
     name: str
@@ -164,6 +167,8 @@ class Family:
     describe: Callable[[Config], str]
     native_config: Callable[[Config], dict[str, Any]] | None = None
     unsupported: Mapping[str, Any] | None = None
+    original_config: Callable[[Config], dict[str, Any]] = lambda config: {}
+    stop_ids: Callable[[Config, bool], Any] = lambda config, has_roles: config.get("eos_token_id")
 
     def dims(self, config: Config) -> Dims:
         """Sizes of the model; `SourceError` names what config.json lacks or states wrongly."""

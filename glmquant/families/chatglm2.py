@@ -12,6 +12,9 @@ from .base import Config, Dims, Family, Role, TensorRule, per_layer, stated_dtyp
 
 # What the configuration classes of the original code assume where config.json is silent.
 _ROPE_BASE = 10000.0
+# With this many rows of the embedding the role tokens of ChatGLM3 exist; beyond the tokenizer's they are padding.
+_CHATGLM3_ROWS = 65024
+_CHATGLM3_STOPS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 
 
 def _dims(config: Config) -> Dims:
@@ -39,6 +42,19 @@ def _describe(config: Config) -> str:
         return "ChatGLM3-6B-32K"
     # Nothing but the sequence length (and the tokenizer) tells the second generation from the third.
     return "ChatGLM2-6B" if config["seq_length"] >= 32768 else "ChatGLM3-6B"
+
+
+def _original_config(config: Config) -> dict[str, Any]:
+    """What vLLM and SGLang look for."""
+    return {"architectures": ["ChatGLMModel"], "original_rope": config.get("original_rope", True)}
+
+
+def _stop_ids(config: Config, has_roles: bool) -> Any:
+    """Those of config.json, and ChatGLM3's roles, which only its chat() knew."""
+    stops = config.get("eos_token_id")
+    if has_roles and config["padded_vocab_size"] == _CHATGLM3_ROWS and stops == 2:
+        return list(_CHATGLM3_STOPS)
+    return stops
 
 
 def _native_config(config: Config) -> dict[str, Any]:
@@ -84,6 +100,8 @@ FAMILY = Family(
     read_dims=_dims,
     describe=_describe,
     native_config=_native_config,
+    original_config=_original_config,
+    stop_ids=_stop_ids,
     unsupported={
         "add_bias_linear": False,
         "apply_residual_connection_post_layernorm": False,

@@ -14,7 +14,8 @@ _REMOTE = re.compile(rf"(?P<name>{_NAME})(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 HUB_NAMES = {"hf": "Hugging Face", "ms": "ModelScope"}
 
-# The same models under their other names; only ever suggested.
+# The same models under their other names; only ever suggested. Those of THUDM are in the published configurations, the
+# others could not be looked up where this was written.
 _SAME = (
     ("hf:THUDM/chatglm-6b", "hf:zai-org/chatglm-6b", "ms:ZhipuAI/ChatGLM-6B"),
     ("hf:THUDM/chatglm2-6b", "hf:zai-org/chatglm2-6b", "ms:ZhipuAI/chatglm2-6b"),

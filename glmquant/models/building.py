@@ -13,7 +13,6 @@ from torch import nn
 
 from .. import families, formats, hub
 from .._open import PathLike
-from .._sidecars import stop_ids
 from ..checkpoint.adapter import ADAPTER_CONFIG, AdapterSource, with_adapter
 from ..checkpoint.decoded import DecodedSource
 from ..checkpoint.files import read_json
@@ -178,8 +177,7 @@ def _set_generation_defaults(model: Any, checkpoint: Checkpoint) -> None:
     path = folder / "generation_config.json"
     if not path.exists():  # transformers has taken what config.json says
         roles = kind_of(folder) != "chatglm2"
-        stops = stop_ids(config, checkpoint.family.name, checkpoint.dims, has_roles=roles)
-        model.generation_config.eos_token_id = stops
+        model.generation_config.eos_token_id = checkpoint.family.stop_ids(config, roles)
         return
     try:
         model.generation_config = GenerationConfig.from_dict(read_json(path))
