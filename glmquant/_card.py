@@ -220,6 +220,10 @@ def _readers(report: Mapping[str, Any]) -> list[str]:
     absent = set() if any(name.endswith(".gguf") for name in report["files"]) else {"llama.cpp"}
     if recipe["layout"] == "original":
         absent.add("transformers")
+    if recipe["format"] == "compressed-tensors" and recipe["quantize_embeddings"]:
+        absent.add("vllm")
+        if recipe["bits"] != 8 or not recipe["quantize_head"]:
+            absent.add("transformers")
     return [runtime for runtime in runtimes if runtime not in absent]
 
 

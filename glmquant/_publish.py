@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from . import hub
 from ._card import folder_card, stated_licence, written_by_us
@@ -18,8 +17,8 @@ from .errors import HubError, UsageError, VerificationError
 from .hub.repository import RemoteFile, check_name
 from .hub.target import open_target, target_of
 
-# What hubs put into a new repository themselves.
-_PLACEHOLDERS = (".gitattributes", ".gitignore", "configuration.json", CARD)
+# What hubs put into a new repository themselves, and what may have been measured or written anew.
+_REPLACED = (".gitattributes", ".gitignore", "configuration.json", CARD, EVALUATION)
 
 
 @dataclass(frozen=True)
@@ -114,12 +113,12 @@ def publish(
     if wrong:
         raise HubError(
             f"{target.page} holds another {wrong[0]} than was uploaded, or none ({len(wrong)} files in all); "
-            "run the same command again, and tell nobody of it before that."
+            "run the same command again."
         )
     return Publication(ref, target.page, commit, card.decode(errors="replace"), sizes, tuple(notes))
 
 
-def _notes(folder: Path, names: list[str], ours: bool) -> Any:
+def _notes(folder: Path, names: list[str], ours: bool) -> Iterator[str]:
     if not ours:
         yield f"{CARD} has been edited and is published as it is"
     left = sorted(path.name for path in folder.iterdir() if path.name not in names)
@@ -141,7 +140,7 @@ def _refuse_others(
 ) -> None:
     for name, remote in before.items():
         known = name in hashes and _same(remote, folder / name, hashes[name])
-        if not known and name not in _PLACEHOLDERS:
+        if not known and name not in _REPLACED:
             raise HubError(
                 f"{page} already holds {name}, which is not what is to be published; choose another name, or delete "
                 "that repository first."

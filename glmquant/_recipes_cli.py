@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ._hub_cli import tell_which
-from ._terminal import json_option, print_table, progress_bar
+from ._terminal import endpoint_option, json_option, print_table, progress_bar
 from .errors import UsageError
 from .recipe import parse_size, show_size
 
@@ -33,6 +33,7 @@ _RUNTIMES = ("glmquant", "transformers", "vllm", "llama.cpp")
     metavar="FILE",
     help="With --measure: write what convert --fit --measurement takes.",
 )
+@endpoint_option
 @json_option
 def recipes(
     ref: str,

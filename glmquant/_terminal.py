@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 def json_option(command: F) -> F:
     """The ``--json`` of every command."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)
+
+
+def endpoint_option(command: F) -> F:
+    """The ``--endpoint`` of commands that read a model: the setting of both hubs' clients, for this process.
+
+    They read it when they are first imported, which no command has done yet.
+    """
+
+    def set_it(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            os.environ["HF_ENDPOINT"] = os.environ["MODELSCOPE_ENDPOINT"] = value
+
+    return click.option(
+        "--endpoint", metavar="URL", expose_value=False, callback=set_it,
+        help="A mirror, for a model on a hub.  [default: HF_ENDPOINT, MODELSCOPE_ENDPOINT]",
+    )(command)  # fmt: skip
 
 
 def print_rows(rows: list[tuple[str, str]]) -> None:

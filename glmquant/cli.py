@@ -22,7 +22,7 @@ from ._eval_cli import eval_
 from ._hub_cli import download, tell_which
 from ._publish_cli import publish
 from ._recipes_cli import recipes
-from ._terminal import json_option, print_rows, progress_bar
+from ._terminal import endpoint_option, json_option, print_rows, progress_bar
 from ._version import __version__
 from .errors import GlmquantError, UsageError
 from .recipe import Fit, Recipe, parse_size, show_size
@@ -137,6 +137,7 @@ def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 @main.command()
 @click.argument("ref")
+@endpoint_option
 @json_option
 def inspect(ref: str, as_json: bool) -> None:
     """Describe the checkpoint REF: sizes, quantization, memory.
@@ -220,6 +221,7 @@ def inspect(ref: str, as_json: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace an OUT that glmquant wrote.")
 @click.option("--keep-source", is_flag=True, help="Of a SOURCE on a hub: keep it in the hub's own cache.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@endpoint_option
 @json_option
 def convert(
     source: str,

@@ -151,9 +151,10 @@ def test_memory_is_that_of_recipes(tmp_path: Path) -> None:
         (Recipe(method="rtn"), "transformers", ("from transformers import", "vllm serve", "glmquant chat"), ()),
         (Recipe(bits=8, format="cpm"), "glmquant", ("glmquant.load",), ("from transformers", "vLLM")),
         (Recipe(method="rtn", layout="original"), "glmquant", ("`ChatGLMModel`",), ("from transformers", "vllm serve")),
+        (Recipe(quantize_embeddings=True), "glmquant", ("glmquant.load",), ("from transformers", "vllm serve")),
         (Recipe(bits=16), "transformers", ("from transformers import",), ("base_model_relation", "quantized")),
     ],
-    ids=["native", "cpm", "original", "16-bit"],
+    ids=["native", "cpm", "original", "embeddings", "16-bit"],
 )  # fmt: skip
 def test_it_names_what_can_load_the_folder(
     tmp_path: Path, recipe: Recipe, library: str, said: tuple[str, ...], unsaid: tuple[str, ...]

@@ -297,6 +297,40 @@ def test_absurd_sizes(size: Any, server: HubServer, ref: str, monkeypatch: pytes
         glmquant.download(ref)
 
 
+@pytest.mark.parametrize("hub", HUBS)
+def test_a_link_is_not_written_through(hub: str, server: HubServer, source: Path, tmp_path: Path) -> None:
+    """Neither to what a folder of ones own holds, nor to what an interrupted download left there."""
+    server.add("org/model").commit_folder(source)
+    (tmp_path / "mine").mkdir()
+    outside = tmp_path / "outside"
+    outside.write_text("untouched")
+    for name in (SHARD, "LICENSE", f"{SHARD}.incomplete"):
+        (tmp_path / "mine" / name).symlink_to(outside)
+    folder = glmquant.download(f"{hub}:org/model", local_dir=tmp_path / "mine").folder
+    assert (folder / SHARD).read_bytes() == (source / SHARD).read_bytes()
+    assert (folder / "LICENSE").read_text() == "free"
+    assert outside.read_text() == "untouched"
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("recipes", "--context", "128"), ("convert", "--dry-run")])
+@pytest.mark.parametrize("hub", HUBS)
+def test_a_mirror_for_every_command_that_reads(
+    command: tuple[str, ...],
+    hub: str,
+    server: HubServer,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server.add("org/model").commit_folder(source)
+    for variable in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    out = [tmp_path / "out"] if command[0] == "convert" else []
+    done = run_cli(command[0], f"{hub}:org/model", *out, *command[1:], "--endpoint", server.url)
+    assert done.returncode == 0, done.stderr
+    assert server.requests
+
+
 def test_the_command(server: HubServer, ref: str, tmp_path: Path) -> None:
     done = run_cli("download", ref, "--local-dir", tmp_path / "mine", "--json")
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers_convert import content, flip_byte, run_cli, small_source
+from helpers_convert import content, flip_byte, run_cli, small_source, start_cli, wait_until
 from hub import TOKEN, Fault, HubServer
 
 import glmquant
@@ -95,6 +95,10 @@ def test_a_second_time_nothing_is_sent(server: HubServer, to: str, out: Path) ->
     glmquant.publish(out, to)  # figures that were measured since
     assert b"## Evaluation" in held(server)[CARD]
     assert EVALUATION in held(server)
+    assert glmquant.download(to).folder.joinpath(EVALUATION).read_bytes() == (out / EVALUATION).read_bytes()
+    (out / EVALUATION).write_text((out / EVALUATION).read_text().replace('"x"', '"y"'))
+    glmquant.publish(out, to)  # and measured again
+    assert b"with `glmquant eval`: y" in held(server)[CARD]
     assert not server.uploaded()
 
 
@@ -230,6 +234,21 @@ def test_an_interrupted_upload_is_taken_up_again(
     again = [request.path for request in server.uploaded()]
     assert len(again) <= 1
     assert not any(first in path for path in again)
+
+
+def test_a_killed_upload_is_taken_up_again(server: HubServer, to: str, out: Path) -> None:
+    server.rate = 600e3
+    run = start_cli("publish", out, "--to", to)
+    wait_until(lambda: len(server.uploads) == 1)
+    run.kill()
+    run.communicate()
+    server.rate = None
+    sent = set(server.uploads)
+    server.requests.clear()
+    done = run_cli("publish", out, "--to", to)
+    assert done.returncode == 0, done.stderr
+    assert not [r for r in server.uploaded() if any(digest in r.path for digest in sent)]
+    assert held(server).items() >= content(out).items()
 
 
 def test_a_hub_that_is_busy_is_asked_again(server: HubServer, to: str, out: Path) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from threading import Event, Lock
 
 from ..checkpoint.files import BIN_INDEX, CARRIED, SAFETENSORS_FILE, SAFETENSORS_INDEX, find_weights
+from ..checkpoint.output import CARD, EVALUATION, REPORT
 from ..errors import OutputError, SourceError
 from ..recipe import show_size
 from .repository import OnBytes, Repository, Stopped, check_name
 
-SIDECARS = (*CARRIED, "README.md", "quantization_report.json")
+SIDECARS = (*CARRIED, CARD, EVALUATION, REPORT)
 """Files beside the weights that something here reads. None of them is code."""
 
 Progress = Callable[[int, int, str], None]

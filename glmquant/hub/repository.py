@@ -108,6 +108,8 @@ class Repository(ABC):
         """The second half: `path`, or the file downloaded once more where it is not the one that is listed."""
         file = self.files[name]
         if not file.matches(path):
+            if folder is not None and path.is_symlink():
+                path.unlink()  # nothing is written to where it points
             path = self._fetch(name, folder, True, on_bytes)
             if not file.matches(path):
                 _remove(path)
