@@ -101,7 +101,7 @@ class HuggingFace(Repository):
 
         size = self.files[name].size
         part = target.with_name(target.name + ".incomplete")
-        if again or part.is_symlink():
+        if again:
             target.unlink(missing_ok=True)
             part.unlink(missing_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -102,15 +102,13 @@ class Repository(ABC):
             if on_bytes is not None:
                 on_bytes(self.files[name].size)
             return folder / name
-        return self._fetch(name, folder, False, on_bytes)
+        return self._anew(name, folder, False, on_bytes)
 
     def checked(self, name: str, folder: Path | None, path: Path, on_bytes: OnBytes | None) -> Path:
         """The second half: `path`, or the file downloaded once more where it is not the one that is listed."""
         file = self.files[name]
         if not file.matches(path):
-            if folder is not None and path.is_symlink():
-                path.unlink()  # nothing is written to where it points
-            path = self._fetch(name, folder, True, on_bytes)
+            path = self._anew(name, folder, True, on_bytes)
             if not file.matches(path):
                 _remove(path)
                 raise HubError(
@@ -118,6 +116,12 @@ class Repository(ABC):
                     "Try again later, or another mirror."
                 )
         return path
+
+    def _anew(self, name: str, folder: Path | None, again: bool, on_bytes: OnBytes | None) -> Path:
+        for part in () if folder is None else (folder / name, folder / f"{name}.incomplete"):
+            if part.is_symlink():  # nothing is written to where it points
+                part.unlink()
+        return self._fetch(name, folder, again, on_bytes)
 
     def small_file(self, name: str) -> Path:
         """A file in the client's cache, downloaded if it has to be."""
