@@ -1,6 +1,6 @@
-"""An F16 GGUF of a synthetic checkpoint, for measuring ``llama-quantize`` on the same weights.
+"""A GGUF of a checkpoint in the original layout, for measuring llama.cpp on the same weights.
 
-Shapes and names are those of llama.cpp's ``chatglm`` architecture; there is no vocabulary, so nothing can be run.
+Shapes and names are those of llama.cpp's ``chatglm`` architecture; there is no vocabulary, so prompts have to be ids.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 
 from glmquant import families
 from glmquant.checkpoint.source import open_folder
@@ -30,8 +29,14 @@ _NAMES = {
 }
 
 
-def write(source: Path, out: Path) -> Path:
-    """Write the checkpoint in `source` (float16, original layout) as one GGUF file; returns `out`."""
+def write(source: Path, out: Path, layers: str = "F16") -> Path:
+    """Write the checkpoint in `source` (float16, original layout) as one GGUF file; returns `out`.
+
+    Args:
+        source: a folder.
+        out: the file; left as it is if it is there.
+        layers: type of the matrices of the layers: ``F16``, ``Q4_0``, ``Q8_0``. Embedding and output head are F16.
+    """
     if out.exists():
         return out
     checkpoint = open_folder(source)
@@ -47,22 +52,32 @@ def write(source: Path, out: Path) -> Path:
     writer.add_head_count_kv(dims.kv_heads)
     writer.add_layer_norm_rms_eps(checkpoint.config["layernorm_epsilon"])
     writer.add_rope_dimension_count(dims.head_dim // 2)
+    writer.add_rope_freq_base(10000.0 * checkpoint.config.get("rope_ratio", 1))
+    writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(dims.vocab)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{layers}"])
     named = [(spec.name, _gguf_name(spec.name)) for spec in family.tensors(dims)]
     kept = [(name, target) for name, target in named if target]
     for name, target in kept:
         shape = checkpoint.infos()[name].shape
-        dtype = np.dtype(np.float16 if len(shape) == 2 else np.float32)
-        writer.add_tensor_info(target, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+        stored = _type(target, len(shape), layers)
+        nbytes = int(np.prod(gguf.quant_shape_to_byte_shape(shape, stored)))
+        writer.add_tensor_info(target, shape, np.dtype(np.float32), nbytes, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, _ in kept:
+    for name, target in kept:
         tensor = checkpoint.read(name)
-        writer.write_tensor_data((tensor if tensor.dim() == 2 else tensor.to(torch.float32)).numpy())
+        stored = _type(target, tensor.dim(), layers)
+        writer.write_tensor_data(gguf.quantize(tensor.float().numpy(), stored))
     writer.close()
     return partial.rename(out)
+
+
+def _type(target: str, dimensions: int, layers: str) -> gguf.GGMLQuantizationType:
+    if dimensions == 1:
+        return gguf.GGMLQuantizationType.F32
+    return gguf.GGMLQuantizationType[layers if target.startswith("blk.") else "F16"]
 
 
 def _gguf_name(name: str) -> str | None:
