@@ -6,6 +6,8 @@
 #include <cstring>
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -75,6 +77,14 @@ inline void widen(const void* weight, int dtype, int64_t start, int64_t count, f
     for (; i < count; i++) out[i] = from_half(in[i]);
 }
 
+// One number to place `at`.
+inline void narrow(float value, int dtype, int64_t at, void* out) {
+    if (dtype == kFloat)
+        static_cast<float*>(out)[at] = value;
+    else
+        static_cast<uint16_t*>(out)[at] = dtype == kBfloat16 ? to_bfloat16(value) : to_half(value);
+}
+
 // ---- Vectors, as wide as registers are: gcc would take wider ones apart.
 
 #if defined(__AVX512F__)
@@ -92,6 +102,15 @@ inline Lanes load(const float* from) {
     Lanes loaded;
     std::memcpy(&loaded, from, sizeof loaded);
     return loaded;
+}
+
+// The sum over lanes, halves first: in the same order whatever made them.
+inline float sum_of(Lanes value) {
+    float parts[kLanes];
+    std::memcpy(parts, &value, sizeof parts);
+    for (int half = kLanes / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) parts[lane] += parts[lane + half];
+    return parts[0];
 }
 
 // a * b + sum, rounded once where there is an instruction for it.

@@ -1,223 +1,236 @@
-// Multiplying by packed weights on a CPU, a few rows of activations at a time: y = x @ W.T.
+// Multiplying a few rows of activations by a packed weight: y = x @ W.T + bias.
 //
 // A product with one row reads every weight once, so that its time is that of reading 4 or 8 bits per weight from
-// memory, if unpacking them is cheap enough. Here that costs a shift and a table lookup for 16 weights:
+// memory, if the arithmetic is cheap enough. Here 128 weights of 4 bit cost a shift, two masks, two multiplications of
+// bytes for each plane of x (fixed.h), and five instructions that turn their sums into a float and scale it.
 //
 //     packed   int32 [rows, words]   code + 2**(bits-1), lowest bits first: a word holds the codes of 8 (4) columns
+//     scale    half, bfloat16 or float32 [rows, groups]; a group is a multiple of 32 columns, or the row
+//     zero     int8 [rows, groups], or null
 //
-//     columns  0..7    8..15   ...   120..127        one vector of words: a block
-//     lane     0       1       ...   15
-//
-// Shifting the block by 4k bits brings column 8*lane + k to the low end of every lane, whence it is looked up as a
-// float. So activations are transposed once for each product, to [block][k][lane]; then every step is a multiply-add
-// of two vectors, and the sum over lanes comes last. A group's scale multiplies the sum of its block: as each lane
-// belongs to one group, also where groups are shorter than blocks.
+// Every thread has its part of the rows, and adds up in the same order however many there are.
 
-#include <vector>
-
-#include "common.h"
+#include "fixed.h"
 
 extern "C" void glmquant_unpack_low_first(const uint8_t* packed, int64_t bytes, int8_t* codes);
 
 namespace {
 
-typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
-template <int kBits>
-constexpr int kPerWord = 32 / kBits;
-
-// The codes of column k of every word.
-template <int kBits>
-inline Lanes codes(Words words, int k) {
-    if (kBits == 4) {
-#if defined(__AVX512F__)
-        const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-        return Lanes(_mm512_permutexvar_ps(__m512i(words >> (4 * k)), table));  // looks at four bits only
-#else
-        return __builtin_convertvector(Ints(words >> (4 * k) & 15) - 8, Lanes);
-#endif
-    }
-    return __builtin_convertvector(Ints(words >> (8 * k) & 255) - 128, Lanes);
-}
-
-// Activations as the kernel reads them.
-struct Activations {
-    int64_t rows, blocks;
-    std::vector<float> lanes;  // [row][block][k][lane]
-    std::vector<float> sums;   // [row][group], only where there are zero points
+// What a product needs beside x.
+struct Weight {
+    const uint32_t* packed;
+    int64_t rows, words, columns, groups, width;
+    const void* scale;
+    int scale_dtype;
+    const int8_t* zero;
+    const void* bias;
+    int bias_dtype;
 };
 
-template <int kBits>
-Activations transposed(const float* x, int64_t rows, int64_t columns, int64_t groups, bool with_sums) {
-    const int64_t block = kLanes * kPerWord<kBits>, blocks = (columns + block - 1) / block;
-    Activations found{rows, blocks, std::vector<float>(size_t(rows * blocks * block)), {}};
-    if (with_sums) found.sums.resize(size_t(rows * groups));
-    const int64_t width = columns / groups;
-    for (int64_t m = 0; m < rows; m++) {
-        const float* in = x + m * columns;
-        float* out = found.lanes.data() + m * blocks * block;
-        for (int64_t c = 0; c < columns; c++) {
-            int64_t within = c % block;
-            out[c - within + within % kPerWord<kBits> * kLanes + within / kPerWord<kBits>] = in[c];
-        }
-        for (int64_t g = 0; with_sums && g < groups; g++) {
-            double sum = 0.0;
-            for (int64_t c = g * width; c < (g + 1) * width; c++) sum += in[c];
-            found.sums[size_t(m * groups + g)] = float(sum);
-        }
-    }
-    return found;
-}
+// Activations, and what goes with each lane of each of their chunks.
+template <int kBits, int kPlanes>
+struct Operand {
+    // The lower two planes are added up as one integer; the third would not fit.
+    static constexpr int kParts = kPlanes == 3 ? 2 : 1;
+    Fixed x;
+    std::vector<float> scales;     // [row][chunk][lane]
+    std::vector<int32_t> offsets;  // [part][row][chunk][lane]: of a block in the first of its lanes
+    std::vector<float> sums;       // [row][group], only for zero points
 
-// A few rows of the weight, and their scales as the kernel reads them: one for each block, or, where groups are
-// shorter than blocks, one for each lane of each block.
-struct Weight {
+    Operand(const void* from, int dtype, int64_t rows, const Weight& weight)
+        : x(fixed<kBits, kPlanes>(from, dtype, rows, weight.columns)),
+          scales(size_t(rows * x.chunks * kLanes)),
+          offsets(kParts * scales.size()),
+          sums(size_t(weight.zero ? rows * weight.groups : 0)) {
+        constexpr int64_t per_block = kBlock<kBits> * kBits / 32;
+        for (int64_t i = 0; i < rows * x.blocks; i++) {
+            int32_t parts[2] = {};  // the lower planes, the highest of three
+            for (int64_t p = 0; p < kPlanes; p++) {
+                int32_t& part = parts[kPlanes == 3 && p == 0];
+                part = part * 256 + x.sums[size_t((i / x.blocks * kPlanes + p) * x.blocks + i % x.blocks)];
+            }
+            for (size_t part = 0; part < kParts; part++)
+                offsets[part * scales.size() + size_t(i * per_block)] = -(1 << (kBits - 1)) * parts[part];
+            for (int64_t lane = 0; lane < per_block; lane++) scales[size_t(i * per_block + lane)] = x.scales[size_t(i)];
+        }
+        for (int64_t row = 0; row < rows && weight.zero; row++)
+            for (int64_t b = 0; b * kBlock<kBits> < weight.columns; b++) {
+                const int64_t group = weight.groups == 1 ? 0 : b * kBlock<kBits> / weight.width;
+                sums[size_t(row * weight.groups + group)] += x.wholes[size_t(row * x.blocks + b)];
+            }
+    }
+};
+
+// Rows of a weight, and their scales as they are needed: one for each chunk, or one for each lane of each chunk.
+struct Panel {
     const uint32_t* packed;
     int64_t words;
     const float* scales;
-    int64_t scales_per_row, scales_per_block;
+    int64_t scales_per_row, scales_per_chunk;
 };
 
-// Adds a block of kTall rows of the weight times kMany rows of activations to `total`.
-template <int kBits, int kTall, int kMany>
-inline void add_block(const uint32_t* packed, int64_t stride, const float* x, int64_t x_stride, const Weight& weight,
-                      int64_t b, Lanes (&total)[kTall][kMany]) {
-    Words block[kTall];
-    Lanes part[kTall][kMany] = {};
+// Adds one chunk of kTall rows of the weight times kMany rows of x to `total`.
+template <int kBits, int kPlanes, int kTall, int kMany>
+inline void add_chunk(const uint32_t* packed, int64_t stride, const Operand<kBits, kPlanes>& in, int64_t first,
+                      const Panel& panel, int64_t k, Lanes (&total)[kTall][kMany]) {
+    constexpr int kHalves = kBits == 4 ? 2 : 1;
+    Words codes[kTall][kHalves];
+    Lanes scale[kTall];
     for (int n = 0; n < kTall; n++) {
-        std::memcpy(&block[n], packed + n * stride, sizeof block[n]);
-        // Rows are too short for the processor's own prefetching to get going: ask for the rows after these.
-        __builtin_prefetch(packed + (n + kTall) * stride);
+        const Words words = load_words(packed + n * stride);
+        codes[n][0] = kBits == 4 ? words & 0x0f0f0f0f : words;
+        if (kHalves == 2) codes[n][kHalves - 1] = words >> 4 & 0x0f0f0f0f;
+        const float* scales = panel.scales + n * panel.scales_per_row + k * panel.scales_per_chunk;
+        scale[n] = panel.scales_per_chunk == 1 ? lanes(*scales) : load(scales);
     }
-    for (int k = 0; k < kPerWord<kBits>; k++)
-        for (int n = 0; n < kTall; n++) {
-            Lanes code = codes<kBits>(block[n], k);
-            for (int m = 0; m < kMany; m++)
-                part[n][m] = multiply_add(code, load(x + m * x_stride + k * kLanes), part[n][m]);
+    for (int m = 0; m < kMany; m++) {
+        const int64_t row = first + m, lane = (row * in.x.chunks + k) * kLanes;
+        const Lanes x_scale = load(in.scales.data() + lane);
+        Ints sums[kTall][kPlanes];
+        for (int p = 0; p < kPlanes; p++) {
+            const int8_t* x = in.x.plane(row, p) + k * kChunk<kBits>;
+            const bool lowest = p + 1 == kPlanes, highest = kPlanes == 3 && p == 0;
+            Ints start = {};
+            if (lowest) start = Ints(load_words(in.offsets.data() + lane));
+            if (highest) start = Ints(load_words(in.offsets.data() + in.scales.size() + lane));
+            for (int n = 0; n < kTall; n++) sums[n][p] = start;
+            for (int half = 0; half < kHalves; half++) {
+                const Words bytes = load_words(x + half * kLanes * 4);
+                for (int n = 0; n < kTall; n++) sums[n][p] = dot4<kBits>(sums[n][p], codes[n][half], bytes);
+            }
         }
-    for (int n = 0; n < kTall; n++) {
-        const float* scales = weight.scales + n * weight.scales_per_row + b * weight.scales_per_block;
-        Lanes scale = weight.scales_per_block == 1 ? lanes(*scales) : load(scales);
-        for (int m = 0; m < kMany; m++) total[n][m] = multiply_add(part[n][m], scale, total[n][m]);
+        for (int n = 0; n < kTall; n++) {
+            Ints low = sums[n][kPlanes - 1];
+            if (kPlanes > 1) low += sums[n][kPlanes > 1 ? kPlanes - 2 : 0] << 8;
+            Lanes sum = to_floats(low);
+            if (kPlanes > 2) sum += to_floats(sums[n][0]) * 65536.0f;
+            total[n][m] = multiply_add(sum * x_scale, scale[n], total[n][m]);
+        }
     }
 }
 
-// kTall rows of the weight times kMany rows of activations from `first` on.
-template <int kBits, int kTall, int kMany>
-void product(const Weight& weight, const Activations& x, int64_t first, float (*sums)[kMany]) {
-    constexpr int64_t block = kPerWord<kBits> * kLanes;
-    const int64_t whole = weight.words / kLanes, x_stride = x.blocks * block;
-    const float* in = x.lanes.data() + first * x_stride;
+// kTall rows of the weight times kMany rows of x from `first` on.
+template <int kBits, int kPlanes, int kTall, int kMany>
+void product(const Panel& panel, const Operand<kBits, kPlanes>& in, int64_t first, float (&sums)[kTall][kMany]) {
+    const int64_t whole = panel.words / kLanes;
     Lanes total[kTall][kMany] = {};
-    for (int64_t b = 0; b < whole; b++)
-        add_block<kBits, kTall, kMany>(weight.packed + b * kLanes, weight.words, in + b * block, x_stride, weight, b,
-                                       total);
-    if (whole < x.blocks) {  // the last block ends early; what is missing meets activations that are zero
+    for (int64_t k = 0; k < whole; k++) {
+        const uint32_t* packed = panel.packed + k * kLanes;
+        // Rows are too short for the processor's own prefetching to get going: ask for those after the next, into the
+        // second-level cache (asking for the first level is half as fast).
+        for (int n = 0; n < kTall; n++) __builtin_prefetch(packed + (n + 2 * kTall) * panel.words, 0, 2);
+        add_chunk<kBits, kPlanes, kTall, kMany>(packed, panel.words, in, first, panel, k, total);
+    }
+    if (whole < in.x.chunks) {  // the last one ends early; what is missing meets activations that are zero
         uint32_t rest[kTall][kLanes] = {};
         for (int n = 0; n < kTall; n++)
-            std::memcpy(rest[n], weight.packed + n * weight.words + whole * kLanes,
-                        size_t(weight.words - whole * kLanes) * sizeof(uint32_t));
-        add_block<kBits, kTall, kMany>(rest[0], kLanes, in + whole * block, x_stride, weight, whole, total);
+            std::memcpy(rest[n], panel.packed + n * panel.words + whole * kLanes,
+                        size_t(panel.words - whole * kLanes) * sizeof(uint32_t));
+        add_chunk<kBits, kPlanes, kTall, kMany>(rest[0], kLanes, in, first, panel, whole, total);
     }
     for (int n = 0; n < kTall; n++)
-        for (int m = 0; m < kMany; m++) {
-            float sum = 0.0f;
-            for (int lane = 0; lane < kLanes; lane++) sum += total[n][m][lane];
-            sums[n][m] = sum;
-        }
+        for (int m = 0; m < kMany; m++) sums[n][m] = sum_of(total[n][m]);
 }
 
-// What product needs besides, and where its results go.
-struct Operands {
-    const void* scale;
-    int scale_dtype;
-    int64_t rows, groups, width;
-    const int8_t* zero;
-    float* y;
+// The workspace of a thread.
+struct Scratch {
+    std::vector<float> stored, scales;
 };
 
-template <int kBits, int kTall, int kMany>
-void add_rows(const Weight& weight, const Activations& x, const Operands& all, const float* stored, int64_t first_row,
-              int64_t first) {
+template <int kBits, int kPlanes, int kTall, int kMany>
+void add_rows(const Weight& weight, const Panel& panel, const Operand<kBits, kPlanes>& in, const Scratch& scratch,
+              int64_t row, int64_t first, void* y, int dtype) {
     float sums[kTall][kMany];
-    product<kBits, kTall, kMany>(weight, x, first, sums);
-    for (int n = 0; n < kTall; n++)
+    product<kBits, kPlanes, kTall, kMany>(panel, in, first, sums);
+    for (int n = 0; n < kTall; n++) {
+        const int8_t* zero = weight.zero ? weight.zero + (row + n) * weight.groups : nullptr;
+        float bias = 0.0f;
+        if (weight.bias) widen(weight.bias, weight.bias_dtype, row + n, 1, &bias);
         for (int m = 0; m < kMany; m++) {
             float offset = 0.0f;
-            const int8_t* zero = all.zero ? all.zero + (first_row + n) * all.groups : nullptr;
-            for (int64_t g = 0; zero && g < all.groups; g++)
-                offset += stored[n * all.groups + g] * float(zero[g]) * x.sums[size_t((first + m) * all.groups + g)];
-            all.y[(first + m) * all.rows + first_row + n] = sums[n][m] - offset;
-        }
-}
-
-// kTall rows of the weight, from `row` on, times all activations.
-template <int kBits, int kTall>
-void rows_of(Weight weight, const Activations& x, const Operands& all, int64_t row, std::vector<float>& stored,
-             std::vector<float>& scales) {
-    constexpr int64_t block = kPerWord<kBits> * kLanes;
-    widen(all.scale, all.scale_dtype, row * all.groups, kTall * all.groups, stored.data());
-    for (int n = 0; n < kTall; n++) {
-        float* out = scales.data() + n * weight.scales_per_row;
-        const float* in = stored.data() + n * all.groups;
-        const int64_t step = weight.scales_per_block == 1 ? block : kPerWord<kBits>, end = x.blocks * block;
-        int64_t group = 0, left = all.width;  // columns left in the group
-        for (int64_t c = 0; c < end; c += step) {
-            if (left <= 0 && group + 1 < all.groups) group++, left += all.width;
-            *out++ = in[group];
-            left -= step;
+            for (int64_t g = 0; zero && g < weight.groups; g++)
+                offset += scratch.stored[size_t(n * weight.groups + g)] * float(zero[g]) *
+                          in.sums[size_t((first + m) * weight.groups + g)];
+            narrow(sums[n][m] - offset + bias, dtype, (first + m) * weight.rows + row + n, y);
         }
     }
-    weight.packed += row * weight.words;
-    weight.scales = scales.data();
-    int64_t m = 0;
-    for (; m + 4 <= x.rows; m += 4) {
-        if constexpr (kTall > 1) {  // four accumulators are enough for a pass over registers
-            for (int n = 0; n < kTall; n++) {
-                Weight one = weight;
-                one.packed += n * weight.words;
-                one.scales += n * weight.scales_per_row;
-                add_rows<kBits, 1, 4>(one, x, all, stored.data() + n * all.groups, row + n, m);
-            }
-        } else {
-            add_rows<kBits, 1, 4>(weight, x, all, stored.data(), row, m);
-        }
-    }
-    for (; m + 2 <= x.rows; m += 2) add_rows<kBits, kTall, 2>(weight, x, all, stored.data(), row, m);
-    for (; m < x.rows; m++) add_rows<kBits, kTall, 1>(weight, x, all, stored.data(), row, m);
 }
 
+// The scales of a row, one for each group, to one for each chunk or lane.
 template <int kBits>
-void linear(const float* x, int64_t x_rows, int64_t columns, const uint32_t* packed, int64_t words,
-            const Operands& all) {
-    constexpr int64_t block = kPerWord<kBits> * kLanes, tall = 4;
-    const Activations in = transposed<kBits>(x, x_rows, columns, all.groups, all.zero != nullptr);
-    const int64_t per_block = all.groups == 1 || all.width % block == 0 ? 1 : kLanes;
-    const Weight weight{packed, words, nullptr, in.blocks * per_block, per_block};
+inline void spread(const float* stored, const Weight& weight, const Panel& panel, float* out) {
+    if (weight.groups == 1) {
+        for (int64_t i = 0; i < panel.scales_per_row; i++) out[i] = *stored;
+        return;
+    }
+    if (panel.scales_per_chunk == 1) {
+        const int64_t each = weight.width / kChunk<kBits>;
+        for (int64_t g = 0; g < weight.groups; g++)
+            for (int64_t i = 0; i < each; i++) *out++ = stored[g];
+        return;
+    }
+    const int64_t each = weight.width * kBits / 32;  // lanes; 4 at least
+    float* const end = out + panel.scales_per_row;
+    for (int64_t g = 0; g < weight.groups; g++, out += each)
+        for (int64_t i = 0; i < each; i += 4) {
+            const float four[4] = {stored[g], stored[g], stored[g], stored[g]};
+            std::memcpy(out + i, four, sizeof four);
+        }
+    while (out < end) *out++ = 0.0f;
+}
+
+// kTall rows of the weight, from `row` on, times all of x.
+template <int kBits, int kPlanes, int kTall>
+void rows_of(const Weight& weight, Panel panel, const Operand<kBits, kPlanes>& in, int64_t row, Scratch& scratch,
+             void* y, int dtype) {
+    widen(weight.scale, weight.scale_dtype, row * weight.groups, kTall * weight.groups, scratch.stored.data());
+    panel.scales = scratch.stored.data();
+    if (panel.scales_per_row != weight.groups) {
+        for (int n = 0; n < kTall; n++)
+            spread<kBits>(scratch.stored.data() + n * weight.groups, weight, panel,
+                          scratch.scales.data() + n * panel.scales_per_row);
+        panel.scales = scratch.scales.data();
+    }
+    panel.packed += row * weight.words;
+    int64_t m = 0;
+    for (; m + 4 <= in.x.rows; m += 4) add_rows<kBits, kPlanes, kTall, 4>(weight, panel, in, scratch, row, m, y, dtype);
+    for (; m + 2 <= in.x.rows; m += 2) add_rows<kBits, kPlanes, kTall, 2>(weight, panel, in, scratch, row, m, y, dtype);
+    for (; m < in.x.rows; m++) add_rows<kBits, kPlanes, kTall, 1>(weight, panel, in, scratch, row, m, y, dtype);
+}
+
+template <int kBits, int kPlanes>
+void linear(const void* x, int dtype, int64_t x_rows, const Weight& weight, void* y) {
+    constexpr int64_t tall = 4;
+    const Operand<kBits, kPlanes> in(x, dtype, x_rows, weight);
+    const int64_t per_chunk = weight.groups == 1 || weight.width % kChunk<kBits> == 0 ? 1 : kLanes;
+    const Panel panel{weight.packed, weight.words, nullptr, in.x.chunks * per_chunk, per_chunk};
 #pragma omp parallel
     {
-        std::vector<float> stored(size_t(tall * all.groups)), scales(size_t(tall * weight.scales_per_row));
+        Scratch scratch{std::vector<float>(size_t(tall * weight.groups)),
+                        std::vector<float>(size_t(tall * panel.scales_per_row))};
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < all.rows; row += tall) {
-            if (row + tall <= all.rows)
-                rows_of<kBits, tall>(weight, in, all, row, stored, scales);
+        for (int64_t row = 0; row < weight.rows; row += tall) {
+            if (row + tall <= weight.rows)
+                rows_of<kBits, kPlanes, tall>(weight, panel, in, row, scratch, y, dtype);
             else
-                for (int64_t n = row; n < all.rows; n++) rows_of<kBits, 1>(weight, in, all, n, stored, scales);
+                for (int64_t n = row; n < weight.rows; n++)
+                    rows_of<kBits, kPlanes, 1>(weight, panel, in, n, scratch, y, dtype);
         }
     }
 }
 
 }  // namespace
 
-extern "C" void glmquant_linear(const float* x, int64_t x_rows, int64_t columns, const uint32_t* packed, int64_t rows,
-                                int64_t words, int bits, const void* scale, int scale_dtype, int64_t groups,
-                                const int8_t* zero, float* y) {
-    const Operands all{scale, scale_dtype, rows, groups, columns / groups, zero, y};
+// planes: see fixed.h. `y` has the dtype of `x`.
+extern "C" void glmquant_linear(const void* x, int dtype, int64_t x_rows, int64_t columns, const uint32_t* packed,
+                                int64_t rows, int64_t words, int bits, const void* scale, int scale_dtype,
+                                int64_t groups, const int8_t* zero, const void* bias, int bias_dtype, int planes,
+                                void* y) {
+    const Weight weight{packed, rows, words, columns, groups, columns / groups, scale, scale_dtype, zero, bias, bias_dtype};
     if (bits == 4)
-        linear<4>(x, x_rows, columns, packed, words, all);
+        (planes == 1 ? linear<4, 1> : planes == 2 ? linear<4, 2> : linear<4, 3>)(x, dtype, x_rows, weight, y);
     else
-        linear<8>(x, x_rows, columns, packed, words, all);
+        (planes == 1 ? linear<8, 1> : planes == 2 ? linear<8, 2> : linear<8, 3>)(x, dtype, x_rows, weight, y);
 }
 
 // Rows of a packed weight as half, bfloat16 or float32 [rows, columns]; the product of code and scale is rounded once.
