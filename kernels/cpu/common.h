@@ -26,7 +26,7 @@ inline float float_of(uint32_t bits) {
     return value;
 }
 
-constexpr uint32_t kSign = 0x80000000u, kInfinity = 0x7f800000u;
+constexpr uint32_t kSign = 0x80000000u, kInfinity = 0x7f800000u, kNan = 0x7fc00000u;
 
 // ---- Half and bfloat16. The exponent of a half starts 112 below that of a float32.
 
@@ -77,12 +77,26 @@ inline void widen(const void* weight, int dtype, int64_t start, int64_t count, f
     for (; i < count; i++) out[i] = from_half(in[i]);
 }
 
-// One number to place `at`.
-inline void narrow(float value, int dtype, int64_t at, void* out) {
-    if (dtype == kFloat)
-        static_cast<float*>(out)[at] = value;
-    else
-        static_cast<uint16_t*>(out)[at] = dtype == kBfloat16 ? to_bfloat16(value) : to_half(value);
+// `count` numbers, rounded to a dtype, to a place that begins at number `at`.
+inline void narrow(const float* values, int64_t count, int dtype, int64_t at, void* to) {
+    if (dtype == kFloat) {
+        std::memcpy(static_cast<float*>(to) + at, values, size_t(count) * sizeof(float));
+        return;
+    }
+    uint16_t* out = static_cast<uint16_t*>(to) + at;
+    if (dtype == kBfloat16) {
+        for (int64_t i = 0; i < count; i++) out[i] = to_bfloat16(values[i]);
+        return;
+    }
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtps_ph(_mm512_loadu_ps(values + i), 0));
+#elif defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(values + i), 0));
+#endif
+    for (; i < count; i++) out[i] = to_half(values[i]);
 }
 
 // ---- Vectors, as wide as registers are: gcc would take wider ones apart.

@@ -100,7 +100,7 @@ inline float to_integers(const float* values, int32_t* integers) {
     const float largest = float_of(top);
     float scale = 0.0f, inverse = 0.0f;
     if (top >= kInfinity) {
-        scale = float_of(kInfinity | 1);  // what is computed from it is no number either
+        scale = float_of(kNan);  // what is computed from it is no number either
     } else if (largest > 0x1p-100f) {
         if (kPlanes == 1) {
             scale = largest / 127.0f;
@@ -111,7 +111,7 @@ inline float to_integers(const float* values, int32_t* integers) {
             constexpr uint32_t high = kPlanes == 2 ? 14 : 22;
             scale = float_of((exponent - high) << 23);
             inverse = float_of((254 + high - exponent) << 23);
-            if (exponent >= 254) scale = float_of(kInfinity | 1);
+            if (exponent >= 254) scale = float_of(kNan);
         }
     }
     for (int64_t c = 0; c < kBlock; c++) integers[c] = int32_t(__builtin_rintf(values[c] * inverse));

@@ -10,22 +10,11 @@
 //
 // Every thread has its part of the rows, and adds up in the same order however many there are.
 
-#include "fixed.h"
+#include "weight.h"
 
 extern "C" void glmquant_unpack_low_first(const uint8_t* packed, int64_t bytes, int8_t* codes);
 
 namespace {
-
-// What a product needs beside x.
-struct Weight {
-    const uint32_t* packed;
-    int64_t rows, words, columns, groups, width;
-    const void* scale;
-    int scale_dtype;
-    const int8_t* zero;
-    const void* bias;
-    int bias_dtype;
-};
 
 // Activations, and what goes with each lane of each of their chunks.
 template <int kBits, int kPlanes>
@@ -151,7 +140,8 @@ void add_rows(const Weight& weight, const Panel& panel, const Operand<kBits, kPl
             for (int64_t g = 0; zero && g < weight.groups; g++)
                 offset += scratch.stored[size_t(n * weight.groups + g)] * float(zero[g]) *
                           in.sums[size_t((first + m) * weight.groups + g)];
-            narrow(sums[n][m] - offset + bias, dtype, (first + m) * weight.rows + row + n, y);
+            const float sum = sums[n][m] - offset + bias;
+            narrow(&sum, 1, dtype, (first + m) * weight.rows + row + n, y);
         }
     }
 }
@@ -256,14 +246,7 @@ extern "C" void glmquant_dequantize(const uint8_t* packed, int64_t rows, int64_t
                 float* value = values.data() + g * width;
                 for (int64_t c = 0; c < width; c++) value[c] = (float(code[c]) - offset) * step;
             }
-            const float* value = values.data();
-            uint16_t* narrow = static_cast<uint16_t*>(out) + n * columns;
-            if (dtype == kFloat)
-                std::memcpy(static_cast<float*>(out) + n * columns, value, size_t(columns) * sizeof(float));
-            else if (dtype == kBfloat16)
-                for (int64_t c = 0; c < columns; c++) narrow[c] = to_bfloat16(value[c]);
-            else
-                for (int64_t c = 0; c < columns; c++) narrow[c] = to_half(value[c]);
+            narrow(values.data(), columns, dtype, n * columns, out);
         }
     }
 }
