@@ -99,44 +99,53 @@ struct Panel {
 // kRows rows of x from `first` on times a panel.
 template <int kBits, int kPlanes, int kRows>
 void product(const Fixed& x, const Weight& weight, const Panel<kBits>& panel, int64_t first, float (*out)[kPanel]) {
-    constexpr int kHalves = Panel<kBits>::kHalves;
-    constexpr int64_t words = kBlock<kBits> * kBits / 32, in_chunk = kChunk<kBits> / kBlock<kBits>;
-    const int64_t blocks = (weight.columns + kBlock<kBits> - 1) / kBlock<kBits>;
-    const int8_t* base = x.plane(first, 0);
+    constexpr int kHalves = Panel<kBits>::kHalves, kRegisterRows = kRows * kPlanes;
+    constexpr int kWords = kBlock<kBits> * kBits / 32, kInChunk = kChunk<kBits> / kBlock<kBits>;
+    const int64_t blocks = (weight.columns + kBlock<kBits> - 1) / kBlock<kBits>, stride = x.stride;
+    const int64_t in_group = weight.groups == 1 ? blocks : weight.width / kBlock<kBits>;
+    const int8_t* const base = x.plane(first, 0);
+    const int32_t* byte_sums = x.sums.data() + first * kPlanes * x.blocks;
+    const float *x_scales = x.scales.data() + first * x.blocks, *wholes = x.wholes.data() + first * x.blocks;
+    const uint32_t* codes = panel.codes.data();
     Lanes total[kRows][kWide] = {};
-    for (int64_t b = 0; b < blocks; b++) {
-        Ints sums[kRows * kPlanes][kWide];
-        for (int v = 0; v < kRows * kPlanes; v++)
+    for (int64_t b = 0, in = 0, group = 0; b < blocks; b++, in++) {
+        if (in == in_group) in = 0, group++;
+        Ints sums[kRegisterRows][kWide];
+        for (int v = 0; v < kRegisterRows; v++)
             for (int n = 0; n < kWide; n++)
-                sums[v][n] = Ints{} - (1 << (kBits - 1)) * x.sums[size_t((first * kPlanes + v) * x.blocks + b)];
-        const uint32_t* codes = panel.codes.data() + b * words * kHalves * kPanel;
-        const int8_t* from = base + b / in_chunk * kChunk<kBits> + b % in_chunk * words * 4;
-        for (int64_t w = 0; w < words && b * words + w < weight.words; w++)
+                sums[v][n] = Ints{} - (1 << (kBits - 1)) * byte_sums[v * x.blocks + b];
+        const int8_t* from = base + b / kInChunk * kChunk<kBits> + b % kInChunk * kWords * 4;
+#pragma GCC unroll 8
+        for (int w = 0; w < kWords; w++)
+#pragma GCC unroll 2
             for (int half = 0; half < kHalves; half++, codes += kPanel) {
                 Words code[kWide];
                 for (int n = 0; n < kWide; n++) code[n] = load_words(codes + n * kLanes);
-                for (int v = 0; v < kRows * kPlanes; v++) {
+#pragma GCC unroll 12
+                for (int v = 0; v < kRegisterRows; v++) {
                     uint32_t four;
-                    std::memcpy(&four, from + v * x.stride + half * kLanes * 4 + w * 4, sizeof four);
+                    std::memcpy(&four, from + v * stride + half * kLanes * 4 + w * 4, sizeof four);
                     const Words bytes = four - Words{};
                     for (int n = 0; n < kWide; n++) sums[v][n] = dot4<kBits>(sums[v][n], code[n], bytes);
                 }
             }
-        const int64_t group = weight.groups == 1 ? 0 : b * kBlock<kBits> / weight.width;
-        for (int n = 0; n < kWide; n++) {
-            const Lanes scale = load(panel.scales.data() + group * kPanel + n * kLanes);
-            for (int r = 0; r < kRows; r++) {
-                const size_t at = size_t((first + r) * x.blocks + b);
+        const float* scales = panel.scales.data() + group * kPanel;
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; r++) {
+            const float x_scale = x_scales[r * x.blocks + b];
+            for (int n = 0; n < kWide; n++) {
                 Ints low = sums[r * kPlanes + kPlanes - 1][n];
                 if (kPlanes > 1) low += sums[r * kPlanes + (kPlanes > 1 ? kPlanes - 2 : 0)][n] << 8;
                 Lanes sum = to_floats(low);
                 if (kPlanes > 2) sum += to_floats(sums[r * kPlanes][n]) * 65536.0f;
-                total[r][n] = multiply_add(sum, scale * x.scales[at], total[r][n]);
-                if (weight.zero)
-                    total[r][n] = multiply_add(load(panel.zeros.data() + group * kPanel + n * kLanes),
-                                               lanes(x.wholes[at]), total[r][n]);
+                total[r][n] = multiply_add(sum, load(scales + n * kLanes) * x_scale, total[r][n]);
             }
         }
+        if (weight.zero)
+            for (int r = 0; r < kRows; r++)
+                for (int n = 0; n < kWide; n++)
+                    total[r][n] = multiply_add(load(panel.zeros.data() + group * kPanel + n * kLanes),
+                                               lanes(wholes[r * x.blocks + b]), total[r][n]);
     }
     for (int r = 0; r < kRows; r++)
         for (int n = 0; n < kWide; n++) {
