@@ -43,7 +43,9 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_int64, "f": cty
 _SIGNATURES = {
     "glmquant_quantize": ("i", "piqqqiiipqqqfippp"),
     "glmquant_errors": ("", "piqqqppipp"),
-    "glmquant_linear": ("", "pqqpqqipiqpp"),
+    "glmquant_linear": ("", "piqqpqqipiqppiip"),
+    "glmquant_matmul": ("", "piqqpqqipiqppiip"),
+    "glmquant_linear_16": ("", "piqqpqpp"),
     "glmquant_dequantize": ("", "pqqiqpiqppi"),
     "glmquant_pack_low_first": ("", "pqp"),
     "glmquant_unpack_low_first": ("", "pqp"),

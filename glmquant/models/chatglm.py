@@ -36,6 +36,7 @@ from .chatglm_positions import (
     rotate,
     two_row_positions,
 )
+from .quantized import OutputHead
 from .runtime import RuntimeMixin
 
 # THUDM's code never tells a block how many there are: it is 28 whatever `num_layers` says.
@@ -292,7 +293,7 @@ class ChatGLMForConditionalGeneration(
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, self.transformer.vocab_size, bias=False)
+        self.lm_head = OutputHead(config.hidden_size, self.transformer.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -12,7 +12,7 @@ from transformers.models.glm4 import modeling_glm4 as glm4
 
 from .beside_chat import BesideChatMixin
 from .chat import ChatMixin
-from .quantized import CheckedEmbedding
+from .quantized import CheckedEmbedding, OutputHead
 from .runtime import PreciseRotary, RuntimeMixin
 
 
@@ -31,6 +31,7 @@ class GlmForCausalLM(ChatMixin, BesideChatMixin, RuntimeMixin, glm.GlmForCausalL
         super().__init__(config)
         self.model.rotary_emb = GlmRotary(config)
         self.model.embed_tokens.__class__ = CheckedEmbedding
+        self.lm_head.__class__ = OutputHead
 
 
 class Glm4ForCausalLM(ChatMixin, BesideChatMixin, RuntimeMixin, glm4.Glm4ForCausalLM):
@@ -40,3 +41,4 @@ class Glm4ForCausalLM(ChatMixin, BesideChatMixin, RuntimeMixin, glm4.Glm4ForCaus
         super().__init__(config)
         self.model.rotary_emb = Glm4Rotary(config)
         self.model.embed_tokens.__class__ = CheckedEmbedding
+        self.lm_head.__class__ = OutputHead

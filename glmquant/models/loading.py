@@ -83,6 +83,10 @@ def load(
                 fill(model, checkpoint, spec, placement)
     unmap(checkpoint)
     placement.finish()
+    if not placement.spread and checkpoint.family.name != "chatglm":  # whose layers are stored in one
+        from .fused import fuse
+
+        fuse(model)
     return model.eval()
 
 

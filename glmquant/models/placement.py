@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._pages import in_huge_pages
 from ..errors import UsageError
 
 DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device]
@@ -56,7 +57,7 @@ class Placement:
             raise UsageError("device and device_map contradict each other; pass one of them.")
         else:
             self._map = _resolve(model, device_map, max_memory)
-        if self._spread:
+        if self.spread:
             _require_accelerate()
         self._folder = None if offload_folder is None else Path(offload_folder).expanduser()
         self._index: dict[str, Any] = {}
@@ -64,7 +65,7 @@ class Placement:
             self._prepare_folder(checkpoint)
 
     @property
-    def _spread(self) -> bool:
+    def spread(self) -> bool:
         """Whether there is more than one place."""
         return len(set(self._map.values())) > 1 or "disk" in self._map.values()
 
@@ -97,6 +98,8 @@ class Placement:
         old = self._model.get_parameter(name)
         device = self._device(name)
         empty = torch.empty_like(old, device="cpu" if device == "disk" else device)
+        if empty.device.type == "cpu":
+            in_huge_pages(empty)
         return self._replace(name, empty)
 
     def _replace(self, name: str, tensor: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ class Placement:
 
     def finish(self) -> None:
         """Move what is no parameter, and let accelerate bring layers and activations together."""
-        if not self._spread:
+        if not self.spread:
             self._model.to(next(iter(self._map.values())))
             return
         from accelerate import dispatch_model

@@ -6,5 +6,6 @@ right one. How they are computed is decided in one place, `choice`, which can al
 
 from .choice import Implementation, Request, choose, explain
 from .linear import dequantize, linear
+from .native import linear_16
 
-__all__ = ["Implementation", "Request", "choose", "dequantize", "explain", "linear"]
+__all__ = ["Implementation", "Request", "choose", "dequantize", "explain", "linear", "linear_16"]

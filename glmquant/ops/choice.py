@@ -78,6 +78,7 @@ class Implementation:
 
 
 IMPLEMENTATIONS: list[Implementation] = [
+    Implementation("compiled CPU kernel, 8-bit activations", native.short_objection, native.linear_short),
     Implementation("compiled CPU kernel", native.objection, native.linear),
     Implementation("PyTorch, tile by tile", lambda request: None, linear_tiled),
 ]

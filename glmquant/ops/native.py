@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,39 +16,103 @@ from .._floats import FLOATS
 if TYPE_CHECKING:
     from .choice import Request
 
-# With more rows, unpacking a tile once and multiplying by BLAS is faster (measured on two AVX-512 cores, where torch
-# multiplies bfloat16 on AMX and half as float32).
-_FEW_ROWS = {torch.float16: 64, torch.bfloat16: 8, torch.float32: 64}
+# Up to here a weight is read once for every four rows of activations; above, it is unpacked once for all.
+_FEW_ROWS = 8
+# How many signed bytes stand for an activation, see kernels/cpu/fixed.h: as exact as the dtype itself.
+_PLANES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
+# Tiles that torch multiplies on AMX are faster than the kernel from here on.
+_AMX_ROWS = 16
 
 
 def objection(request: Request) -> str | None:
     """Why `linear` is not for a request; see `glmquant.ops.choice`."""
     if request.device != "cpu":
         return f"the activations are on {request.device}"
-    most = _FEW_ROWS[request.dtype]
-    if request.rows > most:
-        return f"there are {request.rows} rows, and above {most} unpacking once is faster"
+    if request.group_size != request.columns and request.group_size % 32:
+        return f"groups of {request.group_size} columns do not consist of blocks of 32"
+    if request.rows > _AMX_ROWS and request.dtype == torch.bfloat16 and _has_amx():
+        return f"there are {request.rows} rows, and from {_AMX_ROWS + 1} on AMX is faster"
     return _native.why_not()
+
+
+def short_objection(request: Request) -> str | None:
+    """Why `linear_short` is not for a request."""
+    if request.rows <= _FEW_ROWS:
+        return f"{request.rows} rows wait for the weight to be read, and not for arithmetic"
+    if request.dtype == torch.float32:
+        return "float32 activations are to be computed exactly"
+    if os.environ.get("GLMQUANT_EXACT") == "1":
+        return "GLMQUANT_EXACT=1 asks for exact activations"
+    return objection(request)
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
-    """`glmquant.ops.linear` for x [rows, in]. Sums in float32, and does not round weights to the dtype of `x`."""
+    """`glmquant.ops.linear` for x [rows, in]. Activations are rounded to 2^-15 (float32: 2^-23) of the largest of 32
+    neighbours; weights are not rounded to the dtype of `x`, and sums are of integers and float32."""
+    return _linear(x, packed, scale, zero_point, bias, bits, _PLANES[x.dtype])
+
+
+def linear_short(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int
+) -> Tensor:
+    """`linear` with activations rounded to 1/254 of the largest of 32 neighbours, which halves the arithmetic."""
+    return _linear(x, packed, scale, zero_point, bias, bits, 1)
+
+
+def _linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    planes: int,
+) -> Tensor:
     library = _native.library()
     assert library is not None
     rows, columns = x.shape
-    wide, packed, scale = x.float().contiguous(), packed.contiguous(), scale.contiguous()
+    x, packed, scale = x.contiguous(), packed.contiguous(), scale.contiguous()
     zeros = None if zero_point is None else zero_point.contiguous()
-    y = torch.empty(rows, packed.shape[0])
-    library.glmquant_linear(
-        wide.data_ptr(), rows, columns, packed.data_ptr(), *packed.shape, bits,
+    added = None if bias is None else bias.contiguous()
+    y = x.new_empty(rows, packed.shape[0])
+    kernel = library.glmquant_linear if rows <= _FEW_ROWS else library.glmquant_matmul
+    kernel(
+        x.data_ptr(), FLOATS[x.dtype], rows, columns, packed.data_ptr(), *packed.shape, bits,
         scale.data_ptr(), FLOATS[scale.dtype], scale.shape[1], None if zeros is None else zeros.data_ptr(),
+        None if added is None else added.data_ptr(), 0 if added is None else FLOATS[added.dtype], planes,
         y.data_ptr(),
     )  # fmt: skip
-    if bias is not None:
-        y += bias
-    return y.to(x.dtype)
+    return y
+
+
+def linear_16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``x @ weight.T + bias`` for a few rows x [..., in] of half or bfloat16 on a CPU; None where torch is to do it."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    rows = x.numel() // max(1, x.shape[-1])
+    if not 0 < rows <= _FEW_ROWS or weight.shape[0] < 4 or not weight.is_contiguous():
+        return None
+    if weight.dtype != x.dtype or weight.device.type != "cpu" or (bias is not None and bias.dtype != x.dtype):
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return None
+    library = _native.library()
+    if library is None:
+        return None
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    library.glmquant_linear_16(
+        x.data_ptr(), FLOATS[x.dtype], rows, x.shape[-1], weight.data_ptr(), weight.shape[0],
+        None if bias is None else bias.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    return y
 
 
 def dequantize(

@@ -40,6 +40,16 @@ inline Words load_words(const void* from) {
     return loaded;
 }
 
+// The same, in a register: compilers like to load what they need twice twice.
+inline Words kept(Words value) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(value));
+#elif defined(__AVX2__)
+    __asm__("" : "+x"(value));
+#endif
+    return value;
+}
+
 // sums + the products of four unsigned with four signed bytes in each lane. Unsigned ones are below 16 if kBits is 4.
 template <int kBits>
 inline Ints dot4(Ints sums, Words codes, Words x) {

@@ -58,34 +58,40 @@ struct Panel {
     int64_t scales_per_row, scales_per_chunk;
 };
 
+// Where a chunk of x lies: its bytes, and what goes with its lanes.
+struct Place {
+    const int8_t* bytes;
+    int64_t stride;
+    const float* scales;
+    const int32_t *offsets, *high_offsets;
+};
+
 // Adds one chunk of kTall rows of the weight times kMany rows of x to `total`.
-template <int kBits, int kPlanes, int kTall, int kMany>
-inline void add_chunk(const uint32_t* packed, int64_t stride, const Operand<kBits, kPlanes>& in, int64_t first,
-                      const Panel& panel, int64_t k, Lanes (&total)[kTall][kMany]) {
+template <int kBits, int kPlanes, int kTall, int kMany, bool kOneScale>
+inline void add_chunk(const uint32_t* packed, int64_t stride, const Place (&places)[kMany], int64_t k,
+                      const float* scales, int64_t scales_per_row, Lanes (&total)[kTall][kMany]) {
     constexpr int kHalves = kBits == 4 ? 2 : 1;
     Words codes[kTall][kHalves];
     Lanes scale[kTall];
     for (int n = 0; n < kTall; n++) {
-        const Words words = load_words(packed + n * stride);
+        const Words words = kept(load_words(packed + n * stride));
         codes[n][0] = kBits == 4 ? words & 0x0f0f0f0f : words;
         if (kHalves == 2) codes[n][kHalves - 1] = words >> 4 & 0x0f0f0f0f;
-        const float* scales = panel.scales + n * panel.scales_per_row + k * panel.scales_per_chunk;
-        scale[n] = panel.scales_per_chunk == 1 ? lanes(*scales) : load(scales);
+        scale[n] = kOneScale ? lanes(scales[n * scales_per_row + k]) : load(scales + n * scales_per_row + k * kLanes);
     }
     for (int m = 0; m < kMany; m++) {
-        const int64_t row = first + m, lane = (row * in.x.chunks + k) * kLanes;
-        const Lanes x_scale = load(in.scales.data() + lane);
+        const Place& x = places[m];
+        const Lanes x_scale = load(x.scales + k * kLanes);
         Ints sums[kTall][kPlanes];
         for (int p = 0; p < kPlanes; p++) {
-            const int8_t* x = in.x.plane(row, p) + k * kChunk<kBits>;
-            const bool lowest = p + 1 == kPlanes, highest = kPlanes == 3 && p == 0;
+            const int8_t* bytes = x.bytes + p * x.stride + k * kChunk<kBits>;
             Ints start = {};
-            if (lowest) start = Ints(load_words(in.offsets.data() + lane));
-            if (highest) start = Ints(load_words(in.offsets.data() + in.scales.size() + lane));
+            if (p + 1 == kPlanes) start = Ints(load_words(x.offsets + k * kLanes));
+            if (kPlanes == 3 && p == 0) start = Ints(load_words(x.high_offsets + k * kLanes));
             for (int n = 0; n < kTall; n++) sums[n][p] = start;
             for (int half = 0; half < kHalves; half++) {
-                const Words bytes = load_words(x + half * kLanes * 4);
-                for (int n = 0; n < kTall; n++) sums[n][p] = dot4<kBits>(sums[n][p], codes[n][half], bytes);
+                const Words four = kept(load_words(bytes + half * kLanes * 4));
+                for (int n = 0; n < kTall; n++) sums[n][p] = dot4<kBits>(sums[n][p], codes[n][half], four);
             }
         }
         for (int n = 0; n < kTall; n++) {
@@ -99,23 +105,29 @@ inline void add_chunk(const uint32_t* packed, int64_t stride, const Operand<kBit
 }
 
 // kTall rows of the weight times kMany rows of x from `first` on.
-template <int kBits, int kPlanes, int kTall, int kMany>
+template <int kBits, int kPlanes, int kTall, int kMany, bool kOneScale>
 void product(const Panel& panel, const Operand<kBits, kPlanes>& in, int64_t first, float (&sums)[kTall][kMany]) {
-    const int64_t whole = panel.words / kLanes;
+    const int64_t words = panel.words, whole = words / kLanes, per_row = panel.scales_per_row;
+    const uint32_t* packed = panel.packed;
+    const float* scales = panel.scales;
+    Place places[kMany];
+    for (int m = 0; m < kMany; m++) {
+        const int64_t lane = (first + m) * in.x.chunks * kLanes;
+        places[m] = {in.x.plane(first + m, 0), in.x.stride, in.scales.data() + lane, in.offsets.data() + lane,
+                     in.offsets.data() + (in.kParts - 1) * in.scales.size() + lane};
+    }
     Lanes total[kTall][kMany] = {};
-    for (int64_t k = 0; k < whole; k++) {
-        const uint32_t* packed = panel.packed + k * kLanes;
+    for (int64_t k = 0; k < whole; k++, packed += kLanes) {
         // Rows are too short for the processor's own prefetching to get going: ask for those after the next, into the
         // second-level cache (asking for the first level is half as fast).
-        for (int n = 0; n < kTall; n++) __builtin_prefetch(packed + (n + 2 * kTall) * panel.words, 0, 2);
-        add_chunk<kBits, kPlanes, kTall, kMany>(packed, panel.words, in, first, panel, k, total);
+        for (int n = 0; n < kTall; n++) __builtin_prefetch(packed + (n + 2 * kTall) * words, 0, 2);
+        add_chunk<kBits, kPlanes, kTall, kMany, kOneScale>(packed, words, places, k, scales, per_row, total);
     }
     if (whole < in.x.chunks) {  // the last one ends early; what is missing meets activations that are zero
         uint32_t rest[kTall][kLanes] = {};
         for (int n = 0; n < kTall; n++)
-            std::memcpy(rest[n], panel.packed + n * panel.words + whole * kLanes,
-                        size_t(panel.words - whole * kLanes) * sizeof(uint32_t));
-        add_chunk<kBits, kPlanes, kTall, kMany>(rest[0], kLanes, in, first, panel, whole, total);
+            std::memcpy(rest[n], packed + n * words, size_t(words - whole * kLanes) * sizeof(uint32_t));
+        add_chunk<kBits, kPlanes, kTall, kMany, kOneScale>(rest[0], kLanes, places, whole, scales, per_row, total);
     }
     for (int n = 0; n < kTall; n++)
         for (int m = 0; m < kMany; m++) sums[n][m] = sum_of(total[n][m]);
@@ -130,7 +142,8 @@ template <int kBits, int kPlanes, int kTall, int kMany>
 void add_rows(const Weight& weight, const Panel& panel, const Operand<kBits, kPlanes>& in, const Scratch& scratch,
               int64_t row, int64_t first, void* y, int dtype) {
     float sums[kTall][kMany];
-    product<kBits, kPlanes, kTall, kMany>(panel, in, first, sums);
+    (panel.scales_per_chunk == 1 ? product<kBits, kPlanes, kTall, kMany, true>
+                                 : product<kBits, kPlanes, kTall, kMany, false>)(panel, in, first, sums);
     for (int n = 0; n < kTall; n++) {
         const int8_t* zero = weight.zero ? weight.zero + (row + n) * weight.groups : nullptr;
         float bias = 0.0f;
