@@ -93,7 +93,9 @@ def main() -> None:
         "trials": trials,
     }
     document = options.out or RESULTS / "cpu-decode.json"
-    known = json.loads(document.read_text()) if document.exists() else {"benchmark": "cpu-decode", "models": {}}
+    known = (
+        json.loads(document.read_text()) if document.exists() else {"benchmark": "cpu-decode", "models": {}}
+    )
     known["models"][source.name] = result
     document.write_text(json.dumps(known, indent=1) + "\n")
     print(json.dumps(result["summary"], indent=1))

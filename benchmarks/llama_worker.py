@@ -57,7 +57,9 @@ class Model:
     def _prompt(self, batch: int, length: int) -> list[list[int]]:
         llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
         chosen = random.Random(0)
-        return [[chosen.randrange(10, self.vocabulary * 9 // 10) for _ in range(length)] for _ in range(batch)]
+        return [
+            [chosen.randrange(10, self.vocabulary * 9 // 10) for _ in range(length)] for _ in range(batch)
+        ]
 
     def prefill(self, length: int) -> float:
         """Seconds until the first token after a prompt."""

@@ -28,7 +28,9 @@ SCHEMES = [
 STEPS = {torch.float16: 2.0**-15, torch.bfloat16: 2.0**-15, torch.float32: 2.0**-22}
 
 
-def operands(rows: int, columns: int, scheme: Scheme) -> tuple[QuantizedTensor, tuple[Tensor, Tensor, Tensor | None]]:
+def operands(
+    rows: int, columns: int, scheme: Scheme
+) -> tuple[QuantizedTensor, tuple[Tensor, Tensor, Tensor | None]]:
     tensor = RoundToNearest()(random_weight("gaussian", rows, columns), scheme)
     return tensor, (pack_int32(tensor.codes, scheme.bits), tensor.scale, tensor.zero_point)
 
@@ -74,7 +76,9 @@ def test_any_width_for_scales_of_rows(columns: int, bits: int) -> None:
     tensor, packed = operands(9, columns, Scheme(bits))
     for rows in (1, 20):
         x = activations(rows, columns, torch.float32)
-        assert_within(native.linear(x, *packed, None, bits), x, tensor.dequantize().double(), STEPS[torch.float32])
+        assert_within(
+            native.linear(x, *packed, None, bits), x, tensor.dequantize().double(), STEPS[torch.float32]
+        )
 
 
 @needs_kernels
@@ -183,7 +187,9 @@ def can_run(march: str) -> bool:
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
 @pytest.mark.parametrize("march", ["x86-64", "x86-64-v3", "skylake-avx512"])
-def test_processors_with_fewer_instructions(march: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_processors_with_fewer_instructions(
+    march: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The same sources without AVX-512, and with it but without its instructions for bytes."""
     if not can_run(march):
         pytest.skip(f"this processor is no {march}")

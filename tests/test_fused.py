@@ -28,7 +28,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -> Path:
     if request.param is None:
         return source
-    glmquant.convert(source, tmp_path / "out", Recipe(bits=request.param, group_size=32, symmetric=request.param == 8))
+    glmquant.convert(
+        source, tmp_path / "out", Recipe(bits=request.param, group_size=32, symmetric=request.param == 8)
+    )
     return tmp_path / "out"
 
 
@@ -72,7 +74,10 @@ def test_the_same_logits_and_tokens(folder: Path) -> None:
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-5)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
     torch.testing.assert_close(
-        logits(model, attention_mask=mask)[:, 2:], logits(plain, attention_mask=mask)[:, 2:], rtol=1e-5, atol=1e-5
+        logits(model, attention_mask=mask)[:, 2:],
+        logits(plain, attention_mask=mask)[:, 2:],
+        rtol=1e-5,
+        atol=1e-5,
     )
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     for batch in (IDS, IDS.repeat(3, 1).roll(1, 1)):
@@ -182,5 +187,3 @@ def test_a_16_bit_model_is_saved_and_loads_again(source: Path, tmp_path: Path) -
     model = load(source)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
-
-

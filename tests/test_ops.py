@@ -62,7 +62,7 @@ def test_it_is_a_linear_layer(
     monkeypatch.setitem(reference._TILE, "cpu", 1000)  # several tiles, the last one short
     tensor = quantized(37, 128, Scheme(bits, 32, symmetric=False))
     x, bias = activations(128, dtype, *batch), activations(37, dtype)
-    if implementation is choice.IMPLEMENTATIONS[0] and _native.why_not():
+    if implementation.name.startswith("compiled") and _native.why_not():
         pytest.skip(str(_native.why_not()))
     monkeypatch.setattr(choice, "IMPLEMENTATIONS", [replace(implementation, objection=lambda request: None)])
     found = ops.linear(x, *operands(tensor), bias, bits)
@@ -72,6 +72,10 @@ def test_it_is_a_linear_layer(
     weight = tensor.dequantize().to(dtype).double()
     exact = functional.linear(x.double(), weight, bias.double())
     tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}[dtype]
+    if implementation.name.endswith(
+        "8-bit activations"
+    ):  # tests/test_cpu_kernels.py holds it to its own bound
+        tolerance = 0.05
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
 
 
@@ -80,7 +84,7 @@ def test_one_row_and_many_agree() -> None:
     x = activations(128, torch.float16, 9)
     together = ops.linear(x, *operands(tensor), None, 4)
     alone = torch.cat([ops.linear(row, *operands(tensor), None, 4) for row in x.split(1)])
-    torch.testing.assert_close(together, alone, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(together, alone, rtol=2e-2, atol=2e-2)  # nine rows are rounded to 8 bits
 
 
 @pytest.mark.parametrize("bits", [4, 8])

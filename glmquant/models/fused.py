@@ -52,12 +52,17 @@ def _names(layer: nn.Module) -> list[str]:
 
 def _alike(layers: list[Any]) -> bool:
     first = layers[0]
-    if type(first) not in (nn.Linear, QuantizedLinear) or any(type(layer) is not type(first) for layer in layers):
+    if type(first) not in (nn.Linear, QuantizedLinear) or any(
+        type(layer) is not type(first) for layer in layers
+    ):
         return False
     if type(first) is QuantizedLinear and any(layer.scheme != first.scheme for layer in layers):
         return False
     if any(
-        layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook") or layer._backward_hooks
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or hasattr(layer, "_hf_hook")
+        or layer._backward_hooks
         for layer in layers
     ):
         return False
@@ -88,7 +93,10 @@ def _whole(layers: list[Any]) -> dict[str, Tensor] | None:
         parts: list[Tensor] = [getattr(layer, name).data for layer in layers]
         end = parts[0].data_ptr()
         for part in parts:
-            if part.data_ptr() != end or part.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr():
+            if (
+                part.data_ptr() != end
+                or part.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr()
+            ):
                 return None
             end += part.nbytes
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])

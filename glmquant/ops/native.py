@@ -94,7 +94,11 @@ def _linear(
 
 def linear_16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """``x @ weight.T + bias`` for a few rows x [..., in] of half or bfloat16 on a CPU; None where torch is to do it."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
+    if (
+        torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or x.dtype not in (torch.float16, torch.bfloat16)
+    ):
         return None
     rows = x.numel() // max(1, x.shape[-1])
     if not 0 < rows <= _FEW_ROWS or weight.shape[0] < 4 or not weight.is_contiguous():

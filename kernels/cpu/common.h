@@ -96,7 +96,7 @@ inline void narrow(const float* values, int64_t count, int dtype, int64_t at, vo
     for (; i + 8 <= count; i += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(values + i), 0));
 #endif
-    for (; i < count; i++) out[i] = to_half(values[i]);
+    for (; i < count; i++) out[i] = values[i] == values[i] ? to_half(values[i]) : 0x7e00;  // NaN stays one
 }
 
 // ---- Vectors, as wide as registers are: gcc would take wider ones apart.
