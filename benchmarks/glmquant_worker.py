@@ -2,7 +2,7 @@
 
     python -m benchmarks.glmquant_worker FOLDER THREADS DTYPE
 
-Answers each line ``prefill TOKENS`` or ``decode BATCH TOKENS`` on stdin with seconds on stdout; first it says what it is.
+Answers each line ``prefill TOKENS`` or ``decode BATCH TOKENS`` on stdin with seconds on stdout; first says what it is.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from glmquant.scheme import QuantizedTensor
 needs_kernels = pytest.mark.skipif(_native.library() is None, reason=f"no kernels: {_native.why_not()}")
 
 SCHEMES = [
-    Scheme(4, 128), Scheme(4, 64), Scheme(4, 32, symmetric=False), Scheme(4), Scheme(8, 128), Scheme(8, 32, symmetric=False),
-    Scheme(8),
+    Scheme(4, 128), Scheme(4, 64), Scheme(4, 32, symmetric=False), Scheme(4),
+    Scheme(8, 128), Scheme(8, 32, symmetric=False), Scheme(8),
 ]  # fmt: skip
 # Error of an activation over the largest of its 32 neighbours (kernels/cpu/fixed.h).
 STEPS = {torch.float16: 2.0**-15, torch.bfloat16: 2.0**-15, torch.float32: 2.0**-22}

@@ -55,7 +55,8 @@ def linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
     """`glmquant.ops.linear` for x [rows, in]. Activations are rounded to 2^-15 (float32: 2^-23) of the largest of 32
-    neighbours; weights are not rounded to the dtype of `x`, and sums are of integers and float32."""
+    neighbours; weights are not rounded to the dtype of `x`, and sums are of integers and float32.
+    """
     return _linear(x, packed, scale, zero_point, bias, bits, _PLANES[x.dtype])
 
 
