@@ -224,16 +224,16 @@ void linear(const void* x, int dtype, int64_t x_rows, const Weight& weight, void
 
 }  // namespace
 
-// planes: see fixed.h. `y` has the dtype of `x`.
+// planes: see fixed.h; one is computed as two, as memory is what is waited for. `y` has the dtype of `x`.
 extern "C" void glmquant_linear(const void* x, int dtype, int64_t x_rows, int64_t columns, const uint32_t* packed,
                                 int64_t rows, int64_t words, int bits, const void* scale, int scale_dtype,
                                 int64_t groups, const int8_t* zero, const void* bias, int bias_dtype, int planes,
                                 void* y) {
     const Weight weight{packed, rows, words, columns, groups, columns / groups, scale, scale_dtype, zero, bias, bias_dtype};
     if (bits == 4)
-        (planes == 1 ? linear<4, 1> : planes == 2 ? linear<4, 2> : linear<4, 3>)(x, dtype, x_rows, weight, y);
+        (planes == 3 ? linear<4, 3> : linear<4, 2>)(x, dtype, x_rows, weight, y);
     else
-        (planes == 1 ? linear<8, 1> : planes == 2 ? linear<8, 2> : linear<8, 3>)(x, dtype, x_rows, weight, y);
+        (planes == 3 ? linear<8, 3> : linear<8, 2>)(x, dtype, x_rows, weight, y);
 }
 
 // Rows of a packed weight as half, bfloat16 or float32 [rows, columns]; the product of code and scale is rounded once.
