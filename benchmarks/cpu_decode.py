@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def main() -> None:
         "trials": trials,
     }
     document = options.out or RESULTS / "cpu-decode.json"
-    known = (
+    known: dict[str, Any] = (
         json.loads(document.read_text()) if document.exists() else {"benchmark": "cpu-decode", "models": {}}
     )
     known["models"][source.name] = result
@@ -117,7 +118,7 @@ def _peers(source: Path, options: argparse.Namespace) -> dict[str, Peer]:
         worker = Path(__file__).with_name("llama_worker.py")
         return [options.llama, str(worker), str(file), str(options.threads), str(CONTEXT)]
 
-    makers = {
+    makers: dict[str, Callable[[], list[str]]] = {
         "int4": lambda: ours("int4", Recipe(bits=4, method="rtn"), "float16"),
         "int8": lambda: ours("int8", Recipe(bits=8, method="rtn"), "float16"),
         "bf16": lambda: ours("bf16", None, "bfloat16"),
@@ -170,10 +171,10 @@ def summarize(trials: list[dict[str, Any]], peers: dict[str, dict[str, Any]]) ->
     rounds = sorted({t["trial"] for t in trials})
 
     def median(peer: str, task: str) -> float:
-        return statistics.median(speeds[peer, task, n] for n in rounds)
+        return float(statistics.median(speeds[peer, task, n] for n in rounds))
 
     def reads(kind: str) -> float:
-        return statistics.median(t["gb_per_second"] for t in trials if t.get("read") == kind)
+        return float(statistics.median(t["gb_per_second"] for t in trials if t.get("read") == kind))
 
     summary: dict[str, Any] = {
         "tokens_per_second": {peer: {task: round(median(peer, task), 1) for task in tasks} for peer in peers},

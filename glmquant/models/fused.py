@@ -42,7 +42,7 @@ def fuse(model: nn.Module) -> None:
             for name in _names(layers[0]):
                 _join([getattr(layer, name) for layer in layers])
         attention.__class__ = kind
-        attention._joined = None
+        attention._joined = None  # type: ignore[assignment]
 
 
 def _names(layer: nn.Module) -> list[str]:
@@ -145,7 +145,7 @@ class _JointMixin:
         shape = hidden_states.shape[:-1]
         heads = joint.view(*shape, -1, this.head_dim).transpose(1, 2)
         groups = this.config.num_key_value_heads
-        query, key, value = heads.split((heads.shape[1] - 2 * groups, groups, groups), dim=1)
+        query, key, value = heads.split((heads.shape[1] - 2 * groups, groups, groups), dim=1)  # type: ignore[no-untyped-call]
         query, key = glm.apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, this.layer_idx)
