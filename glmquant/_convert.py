@@ -142,6 +142,8 @@ def convert(
     _check_places(opened, folder)
     check_out(folder, force=force)
     opened.fetch_sidecars()
+    if opened.remote is not None:  # now that its vocabulary is here, which a GGUF file begins with
+        plan = make_plan(opened.source, plan.recipe)
     files = sidecar_files(opened.folder, opened.source.config, plan)
     with OutputFolder(folder, _digest(plan, opened), resume=resume, force=force) as output:
         finished = _whole_shards(output, plan)
@@ -182,7 +184,7 @@ def _write_weights(
     from . import _device, _quantize, quantizers
 
     gpu, idle = _device.find_gpu(device) if plan.recipe.method else (None, None)
-    fmt = formats.get(str(plan.recipe.format))
+    fmt = formats.of(plan.recipe)
     quantizer = quantizers.get(plan.recipe.method) if plan.recipe.method else None
     shard_of = {tensor.name: shard for shard in plan.shards for tensor in shard.tensors}
     entries: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""From what a user typed to a source of 16-bit weights."""
+"""From what a user typed to a source of weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from . import families, formats, hub
 from .checkpoint.adapter import AdapterSource, with_adapter
 from .checkpoint.decoded import DecodedSource
 from .checkpoint.source import TensorSource, open_folder
-from .errors import QuantizedSourceError
 from .formats import Format
 from .hub.source import HubSource
 
@@ -21,7 +20,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """A source of 16-bit weights, and how they were stored. What only sources on a hub need does nothing for others."""
+    """A source of weights, and how they were stored. What only sources on a hub need does nothing for others."""
 
     source: TensorSource
     folder: Path
@@ -87,12 +86,12 @@ def open_described(ref: PathLike) -> TensorSource:
 
 
 def open_source(ref: PathLike, adapter: PathLike | None = None) -> OpenedSource:
-    """Open a checkpoint for conversion, decoding THUDM's INT4 / INT8 and merging `adapter`, or a LoRA that lies in the
+    """Open a checkpoint for conversion, decoding what is quantized and merging `adapter`, or a LoRA that lies in the
     folder, on the way.
 
     Raises:
         SourceError: it is no sound checkpoint of a known family.
-        QuantizedSourceError: it is quantized in a way that cannot be converted from.
+        QuantizedSourceError: it is quantized in a way that is not known here.
     """
     found = hub.resolve(ref)
     if found.folder is not None:
@@ -103,11 +102,6 @@ def open_source(ref: PathLike, adapter: PathLike | None = None) -> OpenedSource:
     family = families.detect(source.config)
     dims = family.dims(source.config)
     stored_as = formats.detect(source.config)
-    if not stored_as.abilities.converts:
-        raise QuantizedSourceError(
-            f"{hub.resolve(ref)} is quantized already ({stored_as.name}); convert from its 16-bit original. "
-            "(THUDM's INT4 and INT8 checkpoints can be converted from.)"
-        )
     if stored_as.quantized(source.config, family, dims):
         source = DecodedSource(source, stored_as, family, dims)
     if adapter is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ._device import Gpu
+from .checkpoint.decoded import DecodedSource
 from .checkpoint.source import TensorSource, torch_dtype
 from .errors import GlmquantError, QuantizationError
 from .families import Role
@@ -67,8 +68,13 @@ def run(
     """
     item = task.item
     with torch.inference_mode():
-        rows = source.read(item.source, item.start + task.start, item.start + task.stop)
+        place = (item.source, item.start + task.start, item.start + task.stop)
         try:
+            if item.carried:
+                assert item.scheme is not None
+                assert isinstance(source, DecodedSource)
+                return _carried(source.quantized(*place), item, item.scheme, fmt)
+            rows = source.read(*place)
             if item.scheme is None:
                 return TaskResult({item.name: _copied(rows, item)})
             assert quantizer is not None
@@ -111,21 +117,44 @@ def _quantized(
     for block in rows.split(step):  # type: ignore[no-untyped-call]
         for name, tensor in _block(block, item, scheme, quantizer, fmt, result).items():
             pieces.setdefault(name, []).append(tensor)
-    result.rows = {name: torch.cat(parts) for name, parts in pieces.items()}
+    result.rows = {name: torch.cat(parts, _axis(item, name)) for name, parts in pieces.items()}
     return result
+
+
+def _carried(stored: QuantizedTensor, item: Item, scheme: Scheme, fmt: Format) -> TaskResult:
+    """Codes as the source has them; what scales lose in another dtype counts as error."""
+    carried = stored.on_grid(scheme)
+    result = TaskResult({})
+    result.rows = _encoded(stored.dequantize(), carried, item, scheme, fmt, result)
+    return result
+
+
+def _axis(item: Item, name: str) -> int:
+    return next(output.axis for output in item.outputs if output.name == name)
 
 
 def _block(
     block: torch.Tensor, item: Item, scheme: Scheme, quantizer: Quantizer, fmt: Format, sums: TaskResult
 ) -> dict[str, torch.Tensor]:
     """Stored rows of a block, on its device; adds to `sums` what they are off by."""
-    quantized = quantizer(block, scheme)
+    return _encoded(block, quantizer(block, scheme), item, scheme, fmt, sums)
+
+
+def _encoded(
+    block: torch.Tensor, quantized: QuantizedTensor, item: Item, scheme: Scheme, fmt: Format, sums: TaskResult
+) -> dict[str, torch.Tensor]:
+    """Stored rows of a quantized block; adds to `sums` what they are off `block` by."""
     stored = fmt.encode(item.name, quantized)
     weight = StoredWeight(item.name, scheme, (block.shape[0], block.shape[1]))
     _compare(quantized, fmt.decode(stored, weight), item, fmt)
-    squared_error, squared_norm = native.squared_sums(block, quantized) or _squared_sums(block, quantized)
-    sums.squared_error += squared_error
-    sums.squared_norm += squared_norm
+    found = native.squared_sums(block, quantized)
+    step = max(1, _BLOCK_WEIGHTS // block.shape[1])
+    pieces = ((i, i + step) for i in range(0, len(block), step))
+    for squared_error, squared_norm in (
+        [found] if found else (_squared_sums(block[i:j], quantized.rows(i, j)) for i, j in pieces)
+    ):
+        sums.squared_error += squared_error
+        sums.squared_norm += squared_norm
     return stored
 
 
@@ -145,8 +174,9 @@ def _square_sum(block: torch.Tensor) -> float:
 def _compare(before: QuantizedTensor, after: QuantizedTensor, item: Item, fmt: Format) -> None:
     """What a reader will decode must be what was meant."""
     same = _same_bytes(before.codes, after.codes) and torch.equal(before.scale, after.scale)
-    if before.zero_point is not None:
-        same = same and after.zero_point is not None and torch.equal(before.zero_point, after.zero_point)
+    for mine, theirs in ((before.zero_point, after.zero_point), (before.minimum, after.minimum)):
+        if mine is not None:
+            same = same and theirs is not None and torch.equal(mine, theirs)
     if not same:
         raise GlmquantError(
             f"{item.name} did not survive encoding as {fmt.name}; this is a fault of glmquant, please report it."

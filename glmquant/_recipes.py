@@ -120,10 +120,12 @@ def possible_recipes(source: TensorSource, *, quantize_head: bool = False) -> It
 
 def _combinations(name: str, abilities: Abilities) -> Iterator[Recipe]:
     for bits in abilities.bits:
-        for group in abilities.groups or (None,):
+        for group in (abilities.groups if bits != 16 else ()) or (None,):
             yield Recipe(bits=bits, group_size=group, format=name)
             if bits in abilities.asymmetric_bits:
                 yield Recipe(bits=bits, group_size=group, format=name, symmetric=False)
+    for activations in abilities.activations:
+        yield Recipe(bits=8, format=name, activations=activations)
 
 
 def _row(
@@ -168,9 +170,6 @@ def _error(recipe: Recipe, measured: Measurement | None) -> float | None:
 
 def _objection(recipe: Recipe, family: str, runtime: str) -> str:
     """Why `runtime` does not read what `recipe` gives; empty if it does."""
-    if runtime == "llama.cpp":
-        alike = recipe.group_size == 32 and recipe.symmetric
-        return "" if alike or recipe.bits == 16 else "GGUF has nothing like it"
     if runtime not in formats.get(str(recipe.format)).abilities.runtimes:
         return f"{runtime} does not read {recipe.format}"
     if runtime != "glmquant" and family == "chatglm":

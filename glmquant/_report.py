@@ -24,6 +24,10 @@ def item_entry(item: Item, error: ItemError) -> dict[str, Any]:
     entry: dict[str, Any] = {"bytes": item.nbytes, "scheme": str(item.scheme) if item.scheme else None}
     if item.scheme is not None:
         entry["relative_error"] = float(f"{error.relative:.6g}")
+    if item.decoded is not None:
+        entry["decoded_from"] = str(item.decoded)
+    if item.carried:
+        entry["codes"] = "carried over"
     return entry
 
 

@@ -60,7 +60,7 @@ def output_config(source_config: Mapping[str, Any], plan: Plan) -> dict[str, Any
     # Nor need every linear layer be quantized: where memory allows, some stay as they are.
     linears = (item.name for item in plan.items if item.role is families.Role.LINEAR and quantized)
     left = [name.removesuffix(".weight") for name in [*heads, *linears] if name not in quantized]
-    config.update(formats.get(str(plan.recipe.format)).config(plan.recipe, family, weights, left))
+    config.update(formats.of(plan.recipe).config(plan.recipe, family, weights, left))
     return config
 
 

@@ -18,7 +18,7 @@ from .checkpoint.output import REPORT
 from .checkpoint.source import TensorSource, open_folder
 from .errors import SourceError, UsageError, VerificationError
 from .families import Dims, Family, LayoutTensor, Role
-from .formats import Format, StoredWeight
+from .formats import Format, StoredWeight, blocks, read_rows
 from .plan import Plan
 
 _BLOCK_WEIGHTS = 1 << 20
@@ -150,7 +150,7 @@ def _structure(
             expected = [(tensor.name, tensor.shape, "")]
         for name, shape, dtype in expected:
             info = infos.pop(name, None)
-            dtypes = (dtype,) if dtype.startswith("I") else _FLOATS
+            dtypes = (dtype,) if dtype.startswith(("I", "U")) else _FLOATS
             if info is None:
                 if not tensor.optional:
                     problems.append(f"{name} is missing.")
@@ -189,7 +189,7 @@ def _check_hashes(folder: Path, result: Verification) -> dict[str, Any]:
             result.problems.append(f"{name} has changed since it was written (SHA-256 differs).")
         result.files += 1
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".py") and path.name not in recorded:
+        if path.suffix in (".safetensors", ".bin", ".gguf", ".py") and path.name not in recorded:
             result.problems.append(f"{path.name} is not one of the files that glmquant wrote.")
     return report
 
@@ -202,24 +202,21 @@ def _check_weight(
     originals: _Originals | None,
     result: Verification,
 ) -> None:
-    outputs = fmt.outputs(weight.name, weight.shape, weight.scheme)
-    rows, columns = weight.shape
-    step = max(1, _BLOCK_WEIGHTS // columns)
-    step = -(-step // fmt.row_multiple) * fmt.row_multiple
+    for output in fmt.outputs(weight.name, weight.shape, weight.scheme):
+        if (
+            output.constant is not None
+            and tuple(checkpoint.read(output.name).view(-1).tolist()) != output.constant
+        ):
+            shown = ", ".join(map(str, output.constant[:4])) + (", ..." if len(output.constant) > 4 else "")
+            result.problems.append(f"{output.name} does not hold {shown}.")
+            return
     squared_error = squared_norm = 0.0
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        stored = {}
-        for output in outputs:
-            if output.constant is None:
-                # zero points of several rows may share a word
-                per_row = -(-rows // output.shape[0])
-                stored[output.name] = checkpoint.read(output.name, start // per_row, -(-stop // per_row))
-            elif tuple(checkpoint.read(output.name).tolist()) != output.constant:
-                result.problems.append(f"{output.name} does not hold {list(output.constant)}.")
-                return
-        block = StoredWeight(weight.name, weight.scheme, (stop - start, columns))
-        decoded = fmt.decode(stored, block).dequantize()
+    for start, stop in blocks(fmt, weight, _BLOCK_WEIGHTS):
+        try:
+            decoded = read_rows(checkpoint, fmt, weight, start, stop).dequantize()
+        except SourceError as error:
+            result.problems.append(str(error))
+            return
         if not bool(torch.isfinite(decoded.sum())):
             result.problems.append(f"{weight.name} decodes to NaN or infinity in rows {start} to {stop - 1}.")
             return

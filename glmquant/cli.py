@@ -180,7 +180,9 @@ def inspect(ref: str, as_json: bool) -> None:
 @main.command()
 @click.argument("source")
 @click.argument("out")
-@click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Default: 4.")
+@click.option(
+    "--bits", type=click.Choice(["4", "8", "16", "w8a8"]), help="w8a8: 8-bit activations too.  [default: 4]"
+)
 @click.option(
     "--group-size", callback=_group_size, metavar="32|64|128|row", help="Columns that share a scale."
 )
@@ -190,7 +192,20 @@ def inspect(ref: str, as_json: bool) -> None:
 @click.option(
     "--method", type=click.Choice(["rtn", "mse", "thudm"]), help="Default: the best one for the format."
 )
-@click.option("--format", "format_", type=click.Choice(["compressed-tensors", "cpm", "safetensors"]))
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["compressed-tensors", "cpm", "gptq", "bitsandbytes", "gguf", "safetensors"]),
+)
+@click.option(
+    "--gguf-type",
+    type=click.Choice(["q4_0", "q4_1", "q8_0", "f16"]),
+    help="In place of --format gguf --bits ... [--asymmetric].",
+)
+@click.option("--double-quant", is_flag=True, help="Of --format bitsandbytes: quantize scales too.")
+@click.option(
+    "--gptq-version", type=click.Choice(["1", "2"]), help="Of --format gptq's checkpoints.  [default: 1]"
+)
 @click.option("--layout", type=click.Choice(["native", "original"]), help="transformers' names or THUDM's.")
 @click.option("--quantize-head", is_flag=True, help="Output head in 8 bit instead of 16 (not in cpm).")
 @click.option(
@@ -231,6 +246,9 @@ def convert(
     symmetric: bool,
     method: str | None,
     format_: str | None,
+    gguf_type: str | None,
+    double_quant: bool,
+    gptq_version: str | None,
     layout: str | None,
     quantize_head: bool,
     quantize_embeddings: bool,
@@ -265,8 +283,12 @@ def convert(
     from ._convert import plan_conversion
 
     tell_which(source)
+    if gguf_type is not None:
+        if bits is not None or not symmetric or format_ not in (None, "gguf"):
+            raise UsageError("--gguf-type says it all; leave out --bits, --asymmetric and --format.")
+        format_, bits, symmetric = "gguf", {"q8_0": "8", "f16": "16"}.get(gguf_type, "4"), gguf_type != "q4_1"
     recipe = Recipe(
-        bits=int(bits or 4),
+        bits=8 if bits == "w8a8" else int(bits or 4),
         group_size=group_size,
         symmetric=symmetric,
         method=method,
@@ -275,6 +297,9 @@ def convert(
         quantize_head=quantize_head,
         quantize_embeddings=quantize_embeddings,
         max_shard_size=parse_size(max_shard_size),
+        gptq_version=int(gptq_version) if gptq_version else None,
+        double_quant=double_quant,
+        activations=8 if bits == "w8a8" else None,
         fit=_fit(fit, bits, context, batch, measurement),
     )
     if dry_run:

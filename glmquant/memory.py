@@ -309,7 +309,8 @@ def held_bytes(held: Held, dtype: str) -> tuple[int, int, int]:
     rows, columns = held.shape
     words = rows * -(-columns * held.scheme.bits // 32)
     scale = 4 if held.scheme.scale_dtype == "float32" else 2
-    return 4 * words, rows * held.scheme.groups(columns) * (scale + (not held.scheme.symmetric)), 0
+    offset = 0 if held.scheme.symmetric else scale if held.scheme.minimum else 1
+    return 4 * words, rows * held.scheme.groups(columns) * (scale + offset), 0
 
 
 def _resident(model: Model) -> tuple[int, int, int]:
@@ -380,5 +381,5 @@ def _llama(model: Model, workload: Workload) -> Memory:
     return Memory(
         weights, scales, rest, cache, activations, 0, base, 0,
         load_peak=base + weights + scales + rest, approximate=True,
-        note="llama.cpp reads GGUF, which this version does not write; int4 g32 is as large as Q4_0, int8 g32 as Q8_0",
+        note="llama.cpp needs a GGUF file, which --format gguf writes",
     )  # fmt: skip

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from . import families, formats
+from .checkpoint.decoded import stored_scheme
 from .checkpoint.sink import ShardLayout, StoredTensor
 from .checkpoint.source import ITEM_SIZES, TensorInfo, TensorSource
 from .errors import SourceError, UsageError
 from .families import Dims, Family, LayoutTensor, Role
-from .formats import Format
+from .formats import Format, ModelFacts
 from .recipe import Recipe
 from .scheme import Scheme
 
@@ -37,6 +39,7 @@ class Item:
         dtype: of the source, as safetensors spells it.
         scheme: how to quantize; None copies.
         outputs: the stored tensors.
+        decoded: how the source tensor is quantized already; None if it is not.
     """
 
     name: str
@@ -49,6 +52,12 @@ class Item:
     dtype: str
     scheme: Scheme | None
     outputs: tuple[StoredTensor, ...]
+    decoded: Scheme | None = None
+
+    @property
+    def carried(self) -> bool:
+        """Whether codes of the source are kept, because the grid of `scheme` holds theirs."""
+        return self.scheme is not None and self.decoded is not None and self.scheme.holds(self.decoded)
 
     @property
     def nbytes(self) -> int:
@@ -120,6 +129,8 @@ class Plan:
                             "shape": list(item.shape),
                             "dtype": item.dtype,
                             "scheme": item.scheme.to_json() if item.scheme else None,
+                            **({"decoded_from": item.decoded.to_json()} if item.decoded else {}),
+                            **({"codes": "carried over"} if item.carried else {}),
                             "bytes": item.nbytes,
                         }
                         for item in stage.items
@@ -142,9 +153,17 @@ def resolve_recipe(recipe: Recipe, family: Family) -> tuple[Recipe, Format]:
         UsageError: naming the nearest combination that works.
     """
     name = recipe.format or ("safetensors" if recipe.bits == 16 else _default_format(family))
-    fmt = formats.get(name)
-    if recipe.bits == 16 and name != "safetensors":
-        raise UsageError(f"--bits 16 goes with --format safetensors, not {name}.")
+    fmt = formats.get(name).chosen(recipe)
+    if recipe.gptq_version is not None and name != "gptq":
+        raise UsageError(f"--gptq-version goes with --format gptq, not {name}; leave out --gptq-version.")
+    if recipe.double_quant and name != "bitsandbytes":
+        raise UsageError(
+            f"--double-quant goes with --format bitsandbytes, not {name}; leave out --double-quant."
+        )
+    if recipe.activations is not None and name != "compressed-tensors":
+        raise UsageError(f"--bits w8a8 goes with --format compressed-tensors, not {name}.")
+    if recipe.bits == 16 and 16 not in fmt.abilities.bits:
+        raise UsageError(f"--bits 16 goes with --format safetensors or gguf, not {name}.")
     if recipe.bits != 16 and name == "safetensors":
         raise UsageError(
             f"--format safetensors holds 16 bit only; for --bits {recipe.bits} use --format {_default_format(family)}."
@@ -173,8 +192,8 @@ def resolve_recipe(recipe: Recipe, family: Family) -> tuple[Recipe, Format]:
                 f"--method {method} does not go with --format {name}; use --method {fmt.abilities.methods[0]}."
             )
     group = recipe.group_size
-    if group is None and fmt.abilities.groups:
-        group = fmt.abilities.groups[0]
+    if group is None and recipe.bits != 16:
+        group = fmt.default_group(recipe)
     if method == "thudm" and (group != "row" or not recipe.symmetric):
         raise UsageError("--method thudm is per row and symmetric; use --method mse or rtn for groups.")
     return replace(recipe, group_size=group, method=method, format=name, layout=layout), fmt
@@ -197,18 +216,20 @@ def make_plan(source: TensorSource, recipe: Recipe) -> Plan:
     recipe, fmt = resolve_recipe(recipe, family)
     infos = check_source(source, family, dims)
     narrow = families.stated_dtype(source.config)
-    items = [
-        _item(tensor, infos[tensor.source], narrow, recipe, fmt)
-        for tensor in _tensors(family, dims, infos, recipe)
-    ]
+    items = []
+    for tensor in _tensors(family, dims, infos, recipe):
+        decoded = stored_scheme(source, tensor.source)
+        item = _item(tensor, infos[tensor.source], narrow, recipe, fmt, decoded)
+        items += [item] if item is not None else []
+    model = ModelFacts(family, dims, source.config, source.folder, recipe)
     return Plan(
         family=family.name,
         model=family.describe(source.config),
         dims=dims,
         recipe=recipe,
         stages=tuple(_stages(items)),
-        shards=_shards(items, recipe.max_shard_size),
-        notes=fmt.notes(recipe),
+        shards=fmt.files([item.outputs for item in items], model),
+        notes=(*fmt.notes(recipe), *_losses(items)),
     )
 
 
@@ -284,24 +305,52 @@ def _and_more(names: list[str]) -> str:
     return names[0] + (f" and {more} more tensor{'s'[: more > 1]}" if more else "")
 
 
-def _item(tensor: LayoutTensor, info: TensorInfo, narrow: str, recipe: Recipe, fmt: Format) -> Item:
+def _losses(items: list[Item]) -> Iterator[str]:
+    """What happens to weights that are quantized already."""
+    ways: dict[str, Counter[str]] = {}
+    for item in items:
+        if item.decoded is not None:
+            how = "again" if item.scheme else "decoded"
+            if item.carried and item.scheme is not None:
+                how = "carried" if item.scheme.keeps_scales(item.decoded) else "rounded"
+            ways.setdefault(how, Counter())[
+                f"{item.decoded}" + (f" to {item.scheme}" if item.scheme else "")
+            ] += 1
+    texts = {
+        "carried": "keep the codes they have; nothing is lost",
+        "rounded": "keep the codes they have, and their scales are rounded to another dtype",
+        "again": "are decoded and quantized again, which loses more than quantizing the 16-bit original",
+        "decoded": "are decoded to 16 bit, which does not bring back what their quantization lost",
+    }
+    for how, text in texts.items():
+        if how in ways:
+            counts = ", ".join(f"{count} weights ({what})" for what, count in sorted(ways[how].items()))
+            yield f"the source is quantized: {counts} {text}."
+
+
+def _item(
+    tensor: LayoutTensor, info: TensorInfo, narrow: str, recipe: Recipe, fmt: Format, decoded: Scheme | None
+) -> Item | None:
     # ChatGLM-6B stores some norms, and fine-tunes everything, in float32, wider than they are run in.
     dtype = narrow if info.dtype == "F32" else info.dtype
     scheme = _scheme(tensor, dtype, recipe, fmt)
     if scheme is None:
-        outputs: tuple[StoredTensor, ...] = (StoredTensor(tensor.name, dtype, tensor.shape),)
+        copied = fmt.copied(tensor, dtype)
+        if copied is None:
+            return None
+        outputs: tuple[StoredTensor, ...] = (copied,)
     else:
         outputs = fmt.outputs(tensor.name, (tensor.shape[0], tensor.shape[1]), scheme)
     return Item(
         tensor.name, tensor.role, tensor.layer, tensor.source, tensor.start, tensor.stop,
-        tensor.shape, info.dtype, scheme, outputs,
+        tensor.shape, info.dtype, scheme, outputs, decoded,
     )  # fmt: skip
 
 
 def _scheme(tensor: LayoutTensor, dtype: str, recipe: Recipe, fmt: Format) -> Scheme | None:
     if recipe.bits == 16:
         return None
-    linear = formats.resolve_scheme(recipe, fmt.abilities, fmt.name, fmt.scale_dtype(dtype))
+    linear = fmt.linear_scheme(recipe, dtype)
     choice = recipe.fit.of(tensor.source) if recipe.fit else None
     if choice is not None and choice.bits == 16:
         return None
@@ -327,24 +376,3 @@ def _stages(items: list[Item]) -> Iterator[Stage]:
         name = f"layer {layer}" if layer is not None else ("input" if first == 0 else "output")
         yield Stage(name, tuple(items[first:last]))
         first = last
-
-
-def _shards(items: list[Item], max_size: int) -> tuple[ShardLayout, ...]:
-    """Fill shards in order; the tensors of one item stay together."""
-    empty = len(ShardLayout("", ()).header()) + 8  # padding of a header
-    filled: list[list[StoredTensor]] = [[]]
-    size = empty
-    for item in items:
-        # A line of the header holds the name, two offsets, the shape and some 60 characters of JSON.
-        added = item.nbytes + sum(len(tensor.name) + 120 for tensor in item.outputs)
-        if filled[-1] and size + added > max_size:
-            filled.append([])
-            size = empty
-        filled[-1].extend(item.outputs)
-        size += added
-    if len(filled) == 1:
-        return (ShardLayout("model.safetensors", tuple(filled[0])),)
-    return tuple(
-        ShardLayout(f"model-{n:05d}-of-{len(filled):05d}.safetensors", tuple(tensors))
-        for n, tensors in enumerate(filled, 1)
-    )

@@ -45,6 +45,10 @@ def scheme_name(bits: int, group: Group | None) -> str:
     return f"int{bits} {group if group == 'row' else f'g{group}'}"
 
 
+# Fields of a recipe that most recipes have no use for.
+_OPTIONAL = ("fit", "gptq_version", "double_quant", "activations")
+
+
 @dataclass(frozen=True)
 class Choice:
     """The scheme of source tensors that have to be alike.
@@ -110,12 +114,15 @@ class Recipe:
         group_size: columns that share a scale, or ``"row"``.
         symmetric: no zero points.
         method: ``rtn``, ``mse`` or ``thudm``.
-        format: ``compressed-tensors``, ``cpm`` or ``safetensors``.
+        format: ``compressed-tensors``, ``cpm``, ``gptq``, ... (see `glmquant.formats`).
         layout: ``native`` (transformers' names, no remote code) or ``original`` (THUDM's names).
         quantize_head: the output head in 8 bit instead of 16.
         quantize_embeddings: the input embeddings in 8 bit instead of 16; in ``cpm``, for ChatGLM-6B only, embedding
             and head at `bits`.
         fit: chooses bits and groups per layer under a budget, in place of `bits` and `group_size`.
+        gptq_version: of GPTQ's checkpoint format, 1 or 2; for ``gptq`` only.
+        double_quant: bitsandbytes' nf4 with its scales quantized too.
+        activations: 8 for W8A8: engines round activations to 8 bits too, token by token.
         max_shard_size: upper limit of a file in bytes (a single tensor may exceed it).
     """
 
@@ -128,6 +135,9 @@ class Recipe:
     quantize_head: bool = False
     quantize_embeddings: bool = False
     max_shard_size: int = 4 * 10**9
+    gptq_version: int | None = None
+    double_quant: bool = False
+    activations: int | None = None
     fit: Fit | None = None
 
     def __post_init__(self) -> None:
@@ -139,8 +149,8 @@ class Recipe:
             raise UsageError(f"layout {self.layout!r} is not known; use native or original.")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Plain JSON values; what belongs to one format or budget is there where it was asked for."""
         values = asdict(self)
-        if self.fit is None:
-            del values["fit"]
-        return values
+        return {
+            key: value for key, value in values.items() if key not in _OPTIONAL or value not in (None, False)
+        }

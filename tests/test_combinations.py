@@ -46,6 +46,9 @@ def is_allowed(model: str, r: Recipe) -> bool:
             [None, "original"] if first else [None, "native"] if native_only else [None, "native", "original"]
         )
         ends = r.quantize_head or r.quantize_embeddings
+        if r.format == "gguf":
+            own = None if native_only or first else "original"
+            return unquantized and not ends and not first and r.layout in (None, own or "native")
         return r.format in (None, "safetensors") and unquantized and r.layout in layouts and not ends
     fmt = r.format or ("cpm" if first else "compressed-tensors")
     if fmt == "compressed-tensors":
@@ -55,6 +58,21 @@ def is_allowed(model: str, r: Recipe) -> bool:
             and (r.symmetric or r.bits == 4)
             and r.method in (None, "mse", "rtn")
             and (r.layout in (None, "native") or not native_only)
+        )
+    if fmt in ("gptq", "bitsandbytes", "gguf") and first:
+        return False
+    ends = r.quantize_head or r.quantize_embeddings
+    ours = r.method in (None, "mse", "rtn")
+    if fmt == "gptq":
+        layout = r.layout in (None, "native") or not native_only
+        return r.group_size in (None, 32, 64, 128, "row") and r.symmetric and ours and layout and not ends
+    if fmt == "bitsandbytes":
+        group = r.group_size in (None, 64 if r.bits == 4 else "row")
+        return group and r.symmetric and r.method is None and r.layout in (None, "native") and not ends
+    if fmt == "gguf":
+        own = "native" if native_only else "original"
+        return (
+            r.group_size in (None, 32) and (r.symmetric or r.bits == 4) and ours and r.layout in (None, own)
         )
     if fmt == "cpm":
         return (
@@ -74,7 +92,7 @@ def every_recipe() -> Iterator[Recipe]:
         (None, 32, "row", 48),
         (True, False),
         (None, "rtn", "mse", "thudm"),
-        (None, "compressed-tensors", "cpm", "safetensors"),
+        (None, "compressed-tensors", "cpm", "gptq", "bitsandbytes", "gguf", "safetensors"),
         (None, "native", "original"),
         (False, True),
         (False, True),
@@ -90,20 +108,27 @@ def check_choices(model: str, asked: Recipe, plan: Plan) -> None:
     for field in ("group_size", "method", "format", "layout"):
         assert getattr(asked, field) in (None, getattr(done, field))
     if asked.bits == 16:
-        assert (done.format, done.method) == ("safetensors", None)
+        assert (done.format, done.method) == (asked.format or "safetensors", None)
         assert not any(item.scheme for item in plan.items)
         return
     if asked.format is None:
         assert done.format == ("cpm" if model == "ChatGLM-6B" else "compressed-tensors")
     cpm = done.format == "cpm"
     if asked.method is None:
-        assert done.method == ("thudm" if cpm else "mse")
+        own = {"cpm": "thudm", "bitsandbytes": "bitsandbytes"}
+        assert done.method == own.get(str(done.format), "mse")
     if asked.group_size is None:
-        assert done.group_size == ("row" if cpm else 128)
+        groups = {"cpm": "row", "gguf": 32, "bitsandbytes": 64 if asked.bits == 4 else "row"}
+        assert done.group_size == groups.get(str(done.format), 128)
     if asked.layout is None:
-        assert done.layout == ("original" if cpm else "native")
+        named_as_thudm = cpm or (done.format == "gguf" and model == "ChatGLM2-6B")
+        assert done.layout == ("original" if named_as_thudm else "native")
     group = None if done.group_size == "row" else int(str(done.group_size))
     linear = Scheme(asked.bits, group, asked.symmetric, "float16")
+    if done.format == "gguf" and not asked.symmetric:
+        linear = replace(linear, minimum=True)
+    elif done.format == "bitsandbytes":
+        linear = replace(linear, scale_dtype="float32", book="nf4" if asked.bits == 4 else "llm.int8")
     ends = linear if cpm else Scheme(8, group, True, "float16")
     for item in plan.items:
         expected = {
@@ -137,6 +162,7 @@ def advised(recipe: Recipe, message: str) -> list[Recipe]:
         "--asymmetric": {"symmetric": True},
         "--group-size": {"group_size": None},
         "--method": {"method": None},
+        "--layout": {"layout": None},
     }
     found = []
     if left_out := re.search(r"leave out ([^;.]*?)(?:, or use|[;.])", message):
@@ -241,8 +267,11 @@ def test_one_wrong_choice_is_put_right_by_any_of_the_advice(
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ({"format": "awq"}, "format 'awq' is not known; use compressed-tensors, cpm, safetensors"),
-        ({"method": "gptq"}, "method 'gptq' is not known; use rtn, mse, thudm"),
+        (
+            {"format": "awq"},
+            "format 'awq' is not known; use compressed-tensors, cpm, gptq, bitsandbytes, gguf, safetensors",
+        ),
+        ({"method": "awq"}, "method 'awq' is not known; use rtn, mse, thudm, bitsandbytes"),
         (
             {"method": "thudm"},
             "--method thudm does not go with --format compressed-tensors; use --method mse",

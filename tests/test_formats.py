@@ -247,8 +247,8 @@ def test_formats_are_told_apart_by_config(config: dict[str, Any], name: str) -> 
 
 
 def test_a_foreign_quantization_is_refused_by_name() -> None:
-    with pytest.raises(QuantizedSourceError, match="quantized with gptq"):
-        detect({"quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(QuantizedSourceError, match="quantized with awq"):
+        detect({"quantization_config": {"quant_method": "awq"}})
 
 
 def test_bytes_of_a_plan_are_those_of_its_tensors() -> None:

@@ -12,12 +12,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .blocks import BlockWriter
 from .output import write_error
-from .source import ITEM_SIZES
+from .source import ITEM_SIZES, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -25,12 +26,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor to be written. `constant` holds the values of a small one that the plan already knows."""
+    """A tensor to be written.
+
+    Attributes:
+        name: in the file.
+        dtype: as safetensors spells it.
+        shape: of the whole tensor.
+        constant: the values, where it is a small one that the plan already knows.
+        axis: along which the rows of the weight lie; 1 where the tensor is transposed.
+        per: rows of the weight that share one step along `axis`; 0 where all of them need the whole tensor.
+        spread: steps along `axis` that a row of the weight takes.
+        blocks: GGUF's name for the type of the blocks that the bytes are; None for numbers.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    constant: tuple[int, ...] | None = None
+    constant: tuple[float, ...] | None = None
+    axis: int = 0
+    per: int = 1
+    spread: int = 1
+    blocks: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -44,6 +60,14 @@ class ShardLayout:
 
     file: str
     tensors: tuple[StoredTensor, ...]
+
+    def tensor(self, name: str) -> StoredTensor:
+        """The tensor called `name`."""
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, StoredTensor]:
+        return {tensor.name: tensor for tensor in self.tensors}
 
     def in_file_order(self) -> tuple[StoredTensor, ...]:
         """The order of the data in the file.
@@ -160,9 +184,12 @@ class ShardedSink:
         self._todo = [shard for shard in shards if shard.file not in self._hashes]
         self._needed = sum(shard.nbytes for shard in self._todo)
         self._current: _OpenShard | None = None
+        self._transposed: dict[str, _Transposed] = {}
 
     def write_rows(self, name: str, rows: torch.Tensor) -> None:
         """Append `rows` (any shape of the right byte count) to tensor `name`.
+
+        A transposed tensor is kept until it is whole: the rows of its weight are columns, which lie all over the file.
 
         Raises:
             OutputError: the disk is full or refuses to write.
@@ -170,10 +197,14 @@ class ShardedSink:
         """
         import torch
 
-        data = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
             shard = self._current or self._start()
-            shard.write(name, data)
+            if shard.layout.tensor(name).axis:
+                columns = self._transposed.setdefault(name, _Transposed(shard.layout.tensor(name)))
+                if not columns.add(rows):
+                    return
+                rows = self._transposed.pop(name).whole
+            shard.write(name, memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
             if shard.complete:
                 self._finish(shard)
         except OSError as error:
@@ -182,7 +213,7 @@ class ShardedSink:
     def _start(self) -> _OpenShard:
         layout = self._todo.pop(0)
         self._current = _OpenShard(self._folder / layout.file, layout)
-        for tensor in layout.tensors:
+        for tensor in layout.in_file_order():
             if tensor.constant is not None:
                 self._current.write(tensor.name, _constant_bytes(tensor))
         return self._current
@@ -209,7 +240,24 @@ class ShardedSink:
             self._current = None
 
 
+class _Transposed:
+    """A tensor that arrives column by column."""
+
+    def __init__(self, tensor: StoredTensor) -> None:
+        import torch
+
+        self.whole = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
+        self._columns = 0
+
+    def add(self, columns: torch.Tensor) -> bool:
+        """Put the next `columns` in their place; returns whether the tensor is whole."""
+        first, self._columns = self._columns, self._columns + columns.shape[1]
+        self.whole[:, first : self._columns] = columns
+        return self._columns == self.whole.shape[1]
+
+
 def _constant_bytes(tensor: StoredTensor) -> memoryview:
-    size = ITEM_SIZES[tensor.dtype]
-    assert tensor.constant is not None
-    return memoryview(b"".join(v.to_bytes(size, "little", signed=True) for v in tensor.constant))
+    import torch
+
+    values = torch.tensor(tensor.constant, dtype=torch_dtype(tensor.dtype))
+    return memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -183,6 +183,9 @@ class SafetensorsSource(_FolderSource):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         info = self._infos[name]
+        if not info.shape:
+            whole: torch.Tensor = self._handle(info.shard).get_tensor(name)
+            return whole
         view = self._handle(info.shard).get_slice(name)
         rows: torch.Tensor = view[start : info.shape[0] if stop is None else stop]
         return rows
@@ -273,5 +276,9 @@ def open_shard(folder: Path, shard: str) -> TensorSource:
 
 
 def _source(folder: Path, weights: WeightFiles) -> TensorSource:
+    if weights.shards[0].endswith(".gguf"):
+        from .gguf import GgufSource
+
+        return GgufSource(folder, weights)
     kind = SafetensorsSource if weights.shards[0].endswith(".safetensors") else BinSource
     return kind(folder, weights)

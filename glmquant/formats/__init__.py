@@ -6,19 +6,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import QuantizedSourceError, UsageError
-from .base import Abilities, Format, StoredWeight, resolve_scheme
+from ..recipe import Recipe
+from .base import Abilities, Format, ModelFacts, StoredWeight, blocks, read_rows, resolve_scheme
+from .bitsandbytes import Bitsandbytes
 from .compressed_tensors import CompressedTensors
 from .cpm import Cpm
+from .gguf import Gguf
+from .gptq import Gptq
 from .plain import Plain
 
 __all__ = [
-    "FORMATS", "Abilities", "CompressedTensors", "Cpm", "Format", "Plain", "StoredWeight", "detect", "get",
-    "resolve_scheme",
+    "FORMATS", "Abilities", "Bitsandbytes", "CompressedTensors", "Cpm", "Format", "Gguf", "Gptq", "ModelFacts", "Plain",
+    "StoredWeight", "blocks", "detect", "get", "of", "read_rows", "resolve_scheme",
 ]  # fmt: skip
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": CompressedTensors(),
     "cpm": Cpm(),
+    "gptq": Gptq(),
+    "bitsandbytes": Bitsandbytes(),
+    "gguf": Gguf(),
     "safetensors": Plain(),
 }
 
@@ -31,6 +38,11 @@ def get(name: str) -> Format:
         raise UsageError(f"format {name!r} is not known; use {', '.join(FORMATS)}.") from None
 
 
+def of(recipe: Recipe) -> Format:
+    """The format of a recipe that has every choice made, in the variant that it asks for."""
+    return get(str(recipe.format)).chosen(recipe)
+
+
 def detect(config: Mapping[str, Any]) -> Format:
     """The format of a checkpoint with this ``config.json``.
 
@@ -39,7 +51,7 @@ def detect(config: Mapping[str, Any]) -> Format:
     """
     for candidate in FORMATS.values():
         if candidate.detect(config):
-            return candidate
+            return candidate.variant(config)
     section = config.get("quantization_config")
     found = section if isinstance(section, Mapping) else {}
     method = found.get("quant_method")

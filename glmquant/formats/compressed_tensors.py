@@ -6,19 +6,25 @@ For a weight [out, in] of b bits:
     weight_scale       [out, in/group]              [out, 1] for one scale per row
     weight_shape       int64 [2]                    out, in
     weight_zero_point  int32 [ceil(out*b/32), in/group]   asymmetric only; packed like the codes, along *rows*
+
+And ``int-quantized`` W8A8, whose readers round activations to 8 bits too, token by token:
+
+    weight             int8 [out, in]
+    weight_scale       [out, 1]
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.sink import StoredTensor
 from ..errors import SourceError, UsageError
 from ..families import Role, stated_dtype
-from ..recipe import Recipe
+from ..recipe import Group, Recipe
 from ..scheme import QuantizedTensor, Scheme
-from .base import Abilities, StoredWeight
+from .base import ROW, Abilities, FormatBase, StoredWeight, refuse_quantized_ends
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +35,7 @@ _SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _STORED_DTYPES = {value: key for key, value in _SCALE_DTYPES.items()}
 
 
-class CompressedTensors:
+class CompressedTensors(FormatBase):
     """See the module."""
 
     name = "compressed-tensors"
@@ -41,6 +47,7 @@ class CompressedTensors:
         asymmetric_bits=(4,),
         runtimes=("glmquant", "transformers", "vllm"),
         mixed=True,
+        activations=(8,),
     )
     # 4-bit zero points of eight rows share a word
     row_multiple = 8
@@ -53,6 +60,20 @@ class CompressedTensors:
         """See `Format`."""
         if "native" not in family.layouts:
             raise UsageError("no engine reads compressed-tensors weights of ChatGLM-6B; use --format cpm.")
+        if recipe.activations is not None:
+            if recipe.bits != 8 or recipe.group_size not in (None, "row") or not recipe.symmetric:
+                raise UsageError(
+                    "--bits w8a8 has one scale for a row and is symmetric; leave out --group-size and --asymmetric."
+                )
+            refuse_quantized_ends(recipe, "--bits w8a8 keeps embedding and head in 16 bit")
+
+    def default_group(self, recipe: Recipe) -> Group:
+        """See `Format`."""
+        return ROW if recipe.activations else self.abilities.groups[0]
+
+    def linear_scheme(self, recipe: Recipe, weight_dtype: str) -> Scheme:
+        """See `Format`."""
+        return replace(super().linear_scheme(recipe, weight_dtype), activations=recipe.activations)
 
     def end_schemes(self, recipe: Recipe, linear: Scheme) -> dict[Role, Scheme]:
         """See `Format`."""
@@ -81,6 +102,9 @@ class CompressedTensors:
     def outputs(self, name: str, shape: tuple[int, int], scheme: Scheme) -> tuple[StoredTensor, ...]:
         """See `Format`."""
         rows, columns = shape
+        if scheme.activations:
+            scale = StoredTensor(name + "_scale", _STORED_DTYPES[scheme.scale_dtype], (rows, 1))
+            return (StoredTensor(name, "I8", shape), scale)
         groups = scheme.groups(columns)
         words = -(-columns * scheme.bits // 32)
         stored = [
@@ -88,7 +112,8 @@ class CompressedTensors:
             StoredTensor(name + "_scale", _STORED_DTYPES[scheme.scale_dtype], (rows, groups)),
         ]
         if not scheme.symmetric:
-            stored.append(StoredTensor(name + "_zero_point", "I32", (-(-rows * scheme.bits // 32), groups)))
+            words = -(-rows * scheme.bits // 32)
+            stored.append(StoredTensor(name + "_zero_point", "I32", (words, groups), per=32 // scheme.bits))
         stored.append(StoredTensor(name + "_shape", "I64", (2,), constant=shape))
         return tuple(stored)
 
@@ -96,6 +121,8 @@ class CompressedTensors:
         """See `Format`."""
         from ..packing import pack_int32
 
+        if tensor.scheme.activations:
+            return {name: tensor.codes, name + "_scale": tensor.scale}
         bits = tensor.scheme.bits
         stored = {
             name + "_packed": pack_int32(tensor.codes, bits),
@@ -110,6 +137,8 @@ class CompressedTensors:
         from ..packing import unpack_int32
 
         name, scheme = weight.name, weight.scheme
+        if scheme.activations:
+            return QuantizedTensor(stored[name].contiguous(), stored[name + "_scale"], None, scheme)
         codes = unpack_int32(stored[name + "_packed"], scheme.bits, weight.shape[1])
         zero_point = None
         if not scheme.symmetric:
@@ -124,7 +153,7 @@ class CompressedTensors:
         schemes: dict[Scheme, list[StoredWeight]] = {}
         for weight in weights:
             schemes.setdefault(weight.scheme, []).append(weight)
-        groups = {}
+        groups: dict[str, dict[str, Any]] = {}
         # The scheme of most weights gets the class as its target. Everything else is named: other schemes, the
         # embedding (no Linear), and the head (no Linear in vLLM). Named groups go first, because compressed-tensors
         # tries targets in order and warns of those it never came to.
@@ -146,6 +175,14 @@ class CompressedTensors:
                     "group_size": scheme.group_size,
                 },
             }
+            if scheme.activations:
+                groups[f"group_{number}"]["input_activations"] = {
+                    "num_bits": scheme.activations,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "token",
+                    "dynamic": True,
+                }
         section: dict[str, Any] = {}
         embedding = any(weight.role is Role.EMBEDDING for weight in weights)
         if any(not scheme.symmetric for scheme in schemes) or (embedding and len(schemes) == 1 and not left):
@@ -156,7 +193,7 @@ class CompressedTensors:
             "quantization_config": {
                 **section,
                 "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
+                "format": "int-quantized" if recipe.activations else "pack-quantized",
                 "quantization_status": "compressed",
                 "ignore": list(left),
                 "config_groups": groups,
@@ -166,9 +203,10 @@ class CompressedTensors:
     def quantized(self, config: Mapping[str, Any], family: Family, dims: Dims) -> list[StoredWeight]:
         """See `Format`. Understands the configurations that `config` writes."""
         section = _section(config)
-        if section.get("format") != "pack-quantized":
+        if section.get("format") not in ("pack-quantized", "int-quantized"):
             raise SourceError(
-                f"compressed-tensors format {section.get('format')!r} is not known here; only pack-quantized is."
+                f"compressed-tensors format {section.get('format')!r} is not known here; only pack-quantized and "
+                "int-quantized are."
             )
         try:
             by_target = _schemes(section, self.scale_dtype(stated_dtype(config)))
@@ -200,9 +238,20 @@ def _schemes(section: Mapping[str, Any], scale_dtype: str) -> dict[str, Scheme]:
             group_size=weights.get("group_size") if weights.get("strategy") == "group" else None,
             symmetric=weights.get("symmetric", True),
             scale_dtype=scale_dtype,  # type: ignore[arg-type]
+            activations=_activations(section, group),
         )
         by_target.update(dict.fromkeys(group["targets"], scheme))
     return by_target
+
+
+def _activations(section: Mapping[str, Any], group: Mapping[str, Any]) -> int | None:
+    """Bits of activations in ``int-quantized``, of which W8A8 alone is known here."""
+    if section["format"] == "pack-quantized":
+        return None
+    bits: int = (group.get("input_activations") or {})["num_bits"]
+    if bits != 8 or group["weights"]["num_bits"] != 8 or group["weights"].get("strategy") != "channel":
+        raise UsageError("of int-quantized, only W8A8 with a scale for each row is known here")
+    return bits
 
 
 def _section(config: Mapping[str, Any]) -> Mapping[str, Any]:

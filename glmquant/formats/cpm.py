@@ -19,7 +19,7 @@ from ..errors import SourceError, UsageError
 from ..families import Role
 from ..recipe import Recipe
 from ..scheme import QuantizedTensor, Scheme
-from .base import Abilities, StoredWeight, resolve_scheme
+from .base import Abilities, FormatBase, StoredWeight, resolve_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..families import Dims, Family
 
 
-class Cpm:
+class Cpm(FormatBase):
     """See the module."""
 
     name = "cpm"
@@ -36,10 +36,8 @@ class Cpm:
         groups=("row",),
         methods=("thudm", "mse", "rtn"),
         layouts=("original",),
-        converts=True,
         tied_head=True,
     )
-    row_multiple = 1
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         """See `Format`."""
@@ -68,14 +66,6 @@ class Cpm:
     def end_schemes(self, recipe: Recipe, linear: Scheme) -> dict[Role, Scheme]:
         """See `Format`. There is one bit width for everything, and embedding and head go together."""
         return dict.fromkeys((Role.EMBEDDING, Role.HEAD), linear) if recipe.quantize_embeddings else {}
-
-    def notes(self, recipe: Recipe) -> tuple[str, ...]:
-        """See `Format`."""
-        return ()
-
-    def scale_dtype(self, weight_dtype: str) -> str:
-        """See `Format`."""
-        return "float16"
 
     def outputs(self, name: str, shape: tuple[int, int], scheme: Scheme) -> tuple[StoredTensor, ...]:
         """See `Format`."""

@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.sink import StoredTensor
-from ..errors import UsageError
 from ..recipe import Recipe
 from ..scheme import QuantizedTensor, Scheme
-from .base import Abilities, StoredWeight
+from .base import Abilities, FormatBase, StoredWeight, refuse_quantizing
 
 if TYPE_CHECKING:
     import torch
 
-    from ..families import Dims, Family, Role
+    from ..families import Dims, Family
 
 
-class Plain:
+class Plain(FormatBase):
     """See the module."""
 
     name = "safetensors"
@@ -26,10 +25,8 @@ class Plain:
         groups=(),
         methods=(),
         layouts=("native", "original"),
-        runtimes=("glmquant", "transformers", "vllm", "llama.cpp"),
-        converts=True,
+        runtimes=("glmquant", "transformers", "vllm"),
     )
-    row_multiple = 1
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         """See `Format`."""
@@ -37,26 +34,7 @@ class Plain:
 
     def check(self, recipe: Recipe, family: Family) -> None:
         """See `Format`."""
-        if recipe.group_size is not None or not recipe.symmetric or recipe.method is not None:
-            raise UsageError(
-                "--bits 16 quantizes nothing; leave out --group-size, --asymmetric and --method."
-            )
-        if recipe.quantize_head or recipe.quantize_embeddings:
-            raise UsageError(
-                "--bits 16 quantizes nothing; leave out --quantize-head and --quantize-embeddings."
-            )
-
-    def end_schemes(self, recipe: Recipe, linear: Scheme) -> dict[Role, Scheme]:
-        """See `Format`."""
-        return {}
-
-    def notes(self, recipe: Recipe) -> tuple[str, ...]:
-        """See `Format`."""
-        return ()
-
-    def scale_dtype(self, weight_dtype: str) -> str:
-        """See `Format`; never used."""
-        return "float16"
+        refuse_quantizing(recipe)
 
     def outputs(self, name: str, shape: tuple[int, int], scheme: Scheme) -> tuple[StoredTensor, ...]:
         """See `Format`; never used."""

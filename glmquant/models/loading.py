@@ -19,7 +19,7 @@ from .._open import PathLike
 from ..checkpoint.source import TensorSource, torch_dtype
 from ..errors import SourceError, UsageError
 from ..families import Part, Role, TensorSpec
-from ..formats import StoredWeight
+from ..formats import StoredWeight, blocks, read_rows
 from ..scheme import QuantizedTensor
 from .building import Checkpoint, build, open_checkpoint
 from .placement import DeviceMap, Placement
@@ -151,19 +151,8 @@ def _blocks(source: TensorSource, spec: TensorSpec) -> Iterator[tuple[int, Tenso
 
 
 def _decoded_blocks(checkpoint: Checkpoint, weight: StoredWeight) -> Iterator[tuple[int, QuantizedTensor]]:
-    source, stored_as = checkpoint.source, checkpoint.stored_as
-    outputs = [o for o in stored_as.outputs(weight.name, weight.shape, weight.scheme) if o.constant is None]
-    rows, columns = weight.shape
-    step = max(1, _BLOCK_WEIGHTS // columns)
-    step = -(-step // stored_as.row_multiple) * stored_as.row_multiple
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        stored = {}
-        for output in outputs:
-            per_row = -(-rows // output.shape[0])  # zero points of several rows may share a word
-            stored[output.name] = source.read(output.name, start // per_row, -(-stop // per_row))
-        block = StoredWeight(weight.name, weight.scheme, (stop - start, columns))
-        yield start, stored_as.decode(stored, block)
+    for start, stop in blocks(checkpoint.stored_as, weight, _BLOCK_WEIGHTS):
+        yield start, read_rows(checkpoint.source, checkpoint.stored_as, weight, start, stop)
 
 
 def check_tied(checkpoint: Checkpoint, head: TensorSpec) -> None:

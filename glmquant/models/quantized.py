@@ -27,6 +27,7 @@ class _QuantizedWeight(nn.Module):
     weight_packed: nn.Parameter
     weight_scale: nn.Parameter
     weight_zero_point: nn.Parameter | None
+    weight_minimum: nn.Parameter | None
 
     def __init__(
         self, rows: int, columns: int, scheme: Scheme, device: torch.device | str | None = None
@@ -42,7 +43,9 @@ class _QuantizedWeight(nn.Module):
 
         self.weight_packed = parameter((rows, -(-columns * scheme.bits // 32)), torch.int32)
         self.weight_scale = parameter(scales, getattr(torch, scheme.scale_dtype))
-        self.weight_zero_point = None if scheme.symmetric else parameter(scales, torch.int8)
+        offset = "none" if scheme.symmetric else "minimum" if scheme.minimum else "zero point"
+        self.weight_zero_point = parameter(scales, torch.int8) if offset == "zero point" else None
+        self.weight_minimum = parameter(scales, self.weight_scale.dtype) if offset == "minimum" else None
 
     @torch.no_grad()
     def write_rows(self, start: int, rows: QuantizedTensor) -> None:
@@ -53,13 +56,17 @@ class _QuantizedWeight(nn.Module):
         if self.weight_zero_point is not None:
             assert rows.zero_point is not None
             self.weight_zero_point[place] = rows.zero_point.to(self.weight_zero_point.device)
+        if self.weight_minimum is not None:
+            assert rows.minimum is not None
+            self.weight_minimum[place] = rows.minimum.to(self.weight_minimum.device)
 
     @torch.no_grad()
     def quantized_tensor(self) -> QuantizedTensor:
         """The weight with its codes unpacked."""
         codes = unpack_int32(self.weight_packed, self.scheme.bits, self._shape[1])
         zero_point = None if self.weight_zero_point is None else self.weight_zero_point.data
-        return QuantizedTensor(codes, self.weight_scale.data, zero_point, self.scheme)
+        minimum = None if self.weight_minimum is None else self.weight_minimum.data
+        return QuantizedTensor(codes, self.weight_scale.data, zero_point, self.scheme, minimum)
 
     def dequantize(self) -> Tensor:
         """The weight that is multiplied by, float32 [rows, columns]."""
@@ -68,7 +75,9 @@ class _QuantizedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def unrounded(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
-            if tensor is self.weight_scale and applied.dtype != tensor.dtype:
+            if (
+                tensor is self.weight_scale or tensor is self.weight_minimum
+            ) and applied.dtype != tensor.dtype:
                 return tensor.to(applied.device)
             return applied
 
@@ -123,7 +132,10 @@ class QuantizedLinear(_QuantizedWeight):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """[..., in] -> [..., out]. What `ops.linear` has no kernel for is unpacked for every product."""
+        if self.scheme.minimum or self.scheme.book == "nf4":
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.dequantize().to(x.dtype), bias)
         return ops.linear(
             x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.scheme.bits
         )
@@ -212,5 +224,7 @@ def check_ids(ids: Tensor, rows: int) -> None:
 
 def packed_names(name: str, layer: _QuantizedWeight) -> list[str]:
     """The parameters of `layer` that stand for the weight called `name` (which ends in ``.weight``)."""
-    suffixes = ["_packed", "_scale"] + ([] if layer.weight_zero_point is None else ["_zero_point"])
+    suffixes = ["_packed", "_scale"]
+    suffixes += [] if layer.weight_zero_point is None else ["_zero_point"]
+    suffixes += [] if layer.weight_minimum is None else ["_minimum"]
     return [name + suffix for suffix in suffixes]

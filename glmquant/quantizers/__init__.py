@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from ..errors import UsageError
 from .base import Quantizer
+from .bitsandbytes import BitsandbytesOwn
 from .mse import LeastSquares
 from .rtn import RoundToNearest
 from .thudm import Thudm
 
-__all__ = ["QUANTIZERS", "LeastSquares", "Quantizer", "RoundToNearest", "Thudm", "get"]
+__all__ = ["QUANTIZERS", "BitsandbytesOwn", "LeastSquares", "Quantizer", "RoundToNearest", "Thudm", "get"]
 
 QUANTIZERS: dict[str, Quantizer] = {
     "rtn": RoundToNearest(),
     "mse": LeastSquares(),
     "thudm": Thudm(),
+    "bitsandbytes": BitsandbytesOwn(),
 }
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from ..scheme import QuantizedTensor, Scheme
-from . import native
+from . import minimum, native
 from .grid import absmax, asymmetric_grid, group_view, round_to_codes
 
 # float32 adds integers exactly up to 2**24.
@@ -72,6 +72,8 @@ class LeastSquares:
         largest = absmax(weight, scheme)
         exact = weight.float()
         grouped = group_view(exact, scheme)
+        if scheme.minimum:
+            return minimum.least_squares(exact, scheme, 1 - self.step * torch.arange(self.candidates))
         if not scheme.symmetric:
             return self._asymmetric(exact, scheme, search)
         # The sign of the unit turns the extreme of every group to the side of qmin.

@@ -48,6 +48,8 @@ def quantize(
 
     None where there is no kernel, or where the torch code has an error to report.
     """
+    if scheme.minimum:
+        return None
     if weight.device.type == "cuda":
         return cuda.quantize(weight, scheme, method, search)
     library = _native.library()
@@ -70,6 +72,8 @@ def quantize(
 
 def squared_sums(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[float, float] | None:
     """``||w - w'||**2`` and ``||w||**2`` of `weight` [rows, columns]; None where there is no kernel."""
+    if quantized.minimum is not None or quantized.scheme.book == "nf4":
+        return None
     if weight.device.type == "cuda":
         return cuda.squared_sums(weight, quantized)
     library = _native.library()

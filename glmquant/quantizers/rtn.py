@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..scheme import QuantizedTensor, Scheme
-from . import native
+from . import minimum, native
 from .grid import absmax, asymmetric_grid, divided, group_view, round_to_codes
 
 
@@ -15,7 +15,8 @@ from .grid import absmax, asymmetric_grid, divided, group_view, round_to_codes
 class RoundToNearest:
     """The largest weight of a group sets its scale.
 
-    Symmetric: ``scale = absmax / qmax`` (7 or 127). Asymmetric: ``(max - min) / 15`` with an integer zero point.
+    Symmetric: ``scale = absmax / qmax`` (7 or 127). Asymmetric: ``(max - min) / 15`` with an integer zero point, or
+    with the minimum as it is.
     """
 
     def __call__(
@@ -28,6 +29,8 @@ class RoundToNearest:
     def _with_torch(self, weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
         largest = absmax(weight, scheme)  # refuses NaN and Inf in both cases
         exact = weight.float()
+        if scheme.minimum:
+            return minimum.whole_range(exact, scheme)
         if scheme.symmetric:
             scale = scheme.store_scale(divided(largest, scheme.qmax))
             return QuantizedTensor(round_to_codes(exact, scale, None, scheme), scale, None, scheme)

@@ -19,14 +19,16 @@ from shutil import rmtree
 from filelock import FileLock
 
 from glmquant import GlmquantError
+from glmquant.checkpoint.source import open_folder
 
 from . import checkpoints, reference
 from .base import Answer, Engine, EngineFailed
 from .checkpoints import Checkpoint, ConversionFailed
 from .environments import EnvironmentFailed, cache
+from .llama_cpp import LlamaCpp
 from .vllm_cpu import VllmCpu
 
-ENGINES: tuple[Engine, ...] = (VllmCpu(),)
+ENGINES: tuple[Engine, ...] = (LlamaCpp(), VllmCpu())
 _START = time.monotonic()
 
 
@@ -112,11 +114,11 @@ def _try(engine: Engine, checkpoint: Checkpoint, source: Path, work: Path) -> It
     try:
         checkpoints.convert(source, out, checkpoint)
         answer = engine.answer(checkpoint, out, checkpoints.prompt_ids(source), work)
-        verdict = reference.judge(out, answer)
+        verdict = reference.judge(out, answer, dynamic=checkpoint.dynamic)
         how = ", ".join([answer.architecture, answer.dtype, *answer.kernels])
         yield row(how, [*_otherwise(checkpoint, source, out, answer), *verdict.faults], verdict)
         if checkpoint.damage is not None:
-            damaged = reference.judge(out, answer, checkpoint.damage)
+            damaged = reference.judge(out, answer, checkpoint.damage, dynamic=checkpoint.dynamic)
             unnoticed = [] if damaged.faults else ["the comparison did not notice"]
             what = checkpoint.damage.__name__.replace("_", " ")
             yield row(f"control: {what}", unnoticed, damaged)
@@ -130,11 +132,13 @@ def _otherwise(checkpoint: Checkpoint, source: Path, out: Path, answer: Answer) 
     """What the checkpoint is, the engine ran it as, or keeps in memory, otherwise than expected."""
     faults = []
     packed, drift = reference.packed_bytes(out), reference.drift(source, out)
-    shards = len(list(out.glob("*.safetensors")))
+    shards = len(open_folder(out).files)
     lengths = {len(text.tokens) for text in answer.continuations}
     if answer.architecture != checkpoint.architecture:
         faults.append(f"run as {answer.architecture}, not {checkpoint.architecture}")
-    if answer.packed_bytes != packed or bool(answer.kernels) != bool(packed):
+    if answer.packed_bytes is not None and (
+        answer.packed_bytes != packed or bool(answer.kernels) != bool(packed)
+    ):
         faults.append(
             f"{answer.packed_bytes} bytes of packed weights in memory, {packed} on disk, kernels {answer.kernels}"
         )

@@ -22,7 +22,7 @@ class Continuation:
     Attributes:
         prompt: token ids.
         tokens: the ids that follow.
-        logprobs: of every token but the first of the prompt, and of every token that follows.
+        logprobs: of every token but the first of the prompt, and of every token that follows; or of these alone.
     """
 
     prompt: Sequence[int]
@@ -38,14 +38,14 @@ class Answer:
         architecture: the class with which it runs the model.
         dtype: of activations, as torch calls it.
         kernels: what computes quantized matrices; empty if none is quantized.
-        packed_bytes: quantized matrices as they lie in its memory, without scales.
+        packed_bytes: quantized matrices as they lie in its memory, without scales; None where it does not tell.
         continuations: one for each prompt.
     """
 
     architecture: str
     dtype: str
     kernels: Sequence[str]
-    packed_bytes: int
+    packed_bytes: int | None
     continuations: Sequence[Continuation]
 
 

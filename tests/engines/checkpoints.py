@@ -51,6 +51,7 @@ class Checkpoint:
         shards: at least this many files of weights.
         damage: must be noticed if it is done to the reference; shows that the comparison can fail.
         recipe: what to do with a source, where `options` cannot say it.
+        dynamic: the engine rounds activations to 8 bits.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Checkpoint:
     shards: int = 1
     damage: Damage | None = None
     recipe: Callable[[Path], Recipe] | None = None
+    dynamic: bool = False
 
 
 def for_vllm() -> tuple[Checkpoint, ...]:
@@ -71,6 +73,7 @@ def for_vllm() -> tuple[Checkpoint, ...]:
     """
     # vLLM runs a native `glm` through transformers' classes, and THUDM's names through a class of its own.
     native, original = "TransformersForCausalLM", "ChatGLMForCausalLM"
+    gptq = ("--format", "gptq", "--gptq-version")
     asymmetric = ("--group-size", "32", "--asymmetric")
     return (
         Checkpoint("16 bit", ("--bits", "16"), "float32", native, drift=0),
@@ -80,6 +83,29 @@ def for_vllm() -> tuple[Checkpoint, ...]:
         Checkpoint("INT4 in shards", ("--max-shard-size", "100MB"), "auto", native, shards=3),
         Checkpoint("INT4 original layout", ("--layout", "original"), "auto", original),
         Checkpoint("INT4 in four groups, 16 bit", (), "auto", native, recipe=mixed),
+        Checkpoint(
+            "GPTQ INT4 group 64",
+            ("--format", "gptq", "--group-size", "64"),
+            "auto",
+            native,
+            damage=nibbles_swapped,
+        ),
+        Checkpoint("GPTQ v2 original layout", (*gptq, "2", "--layout", "original"), "auto", original),
+        Checkpoint("W8A8", ("--bits", "w8a8"), "auto", native, dynamic=True),
+    )
+
+
+def for_llama_cpp() -> tuple[Checkpoint, ...]:
+    """What llama.cpp is given. It keeps its cache in half and rounds what a quantized matrix is multiplied with to
+    8 bits, in blocks of 32.
+    """
+    return (
+        Checkpoint("F16", ("--gguf-type", "f16"), "float16", "chatglm", drift=0),
+        Checkpoint(
+            "Q4_0", ("--gguf-type", "q4_0"), "float16", "chatglm", damage=nibbles_swapped, dynamic=True
+        ),
+        Checkpoint("Q4_1", ("--gguf-type", "q4_1"), "float16", "chatglm", dynamic=True),
+        Checkpoint("Q8_0", ("--gguf-type", "q8_0"), "float16", "chatglm", dynamic=True),
     )
 
 

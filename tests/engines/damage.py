@@ -15,7 +15,9 @@ Damage = Callable[[str, QuantizedTensor], QuantizedTensor]
 
 def nibbles_swapped(name: str, tensor: QuantizedTensor) -> QuantizedTensor:
     """The two codes of each byte exchanged, in one matrix out of 120."""
-    if "layers.15.self_attn.k_proj" not in name:
+    if not any(
+        part in name for part in ("layers.15.self_attn.k_proj", "layers.15.self_attention.query_key_value")
+    ):
         return tensor
     pairs = tensor.codes.view(tensor.codes.shape[0], -1, 2)
     return replace(tensor, codes=pairs.flip(-1).reshape(tensor.codes.shape))

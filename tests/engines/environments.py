@@ -99,7 +99,8 @@ class Environment:
         _pip(python, "install", "--no-deps", str(wheel))
         needed = [*self._needed(wheel), *self.besides]
         say(f"  {len(needed)} packages that it needs, and theirs")
-        _pip(python, "install", "-c", str(held), *needed)
+        if needed:
+            _pip(python, "install", "-c", str(held), *needed)
         rmtree(wheels)
 
     def _needed(self, wheel: Path) -> Iterator[str]:

@@ -14,12 +14,18 @@ from typing import Any
 
 def quantized(model: Any) -> dict[str, Any]:
     """How many weights are in memory as they were stored, and what computes them; vLLM passes its model."""
-    packed = [module for module in model.modules() if hasattr(module, "weight_packed")]
-    return {
-        "architecture": type(model).__name__,
-        "kernels": sorted({type(module.scheme.kernel).__name__ for module in packed}),
-        "packed_bytes": sum(module.weight_packed.nbytes for module in packed),
-    }
+    kernels, packed = set(), 0
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        for name in ("weight_packed", "qweight", "weight"):
+            weight = getattr(module, name, None)
+            if weight is None or weight.dtype.is_floating_point:
+                continue
+            scheme = getattr(module, "scheme", None)
+            kernels.add(type(getattr(scheme, "kernel", scheme) or method).__name__)
+            packed += weight.nbytes
+            break
+    return {"architecture": type(model).__name__, "kernels": sorted(kernels), "packed_bytes": packed}
 
 
 def main() -> None:
