@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import gguf
 from tokenizers import Tokenizer
 
 from .base import Answer, Continuation, EngineFailed
@@ -73,4 +74,7 @@ class LlamaCpp:
                     f"its tokenizer gives {ids} for {text!r}, ours {tokenizer.encode(text).ids}"
                 )
         texts = [Continuation(**text) for text in document["continuations"]]
-        return Answer(document["architecture"], checkpoint.dtype, document["types"], None, texts)
+        reader = gguf.GGUFReader(folder / "model.gguf")  # what it has run is what the file says
+        architecture = reader.fields["general.architecture"].contents()
+        types = sorted({tensor.tensor_type.name for tensor in reader.tensors} - {"F16", "F32"})
+        return Answer(architecture, checkpoint.dtype, types, None, texts)
