@@ -272,6 +272,7 @@ def convert(
     glmquant convert chatglm3-6b out                                 INT4, groups of 128, for transformers and vLLM
     glmquant convert chatglm3-6b out --bits 8                        INT8
     glmquant convert chatglm-6b out --format cpm                     THUDM's own INT4, byte for byte
+    glmquant convert chatglm3-6b out --gguf-type q4_0                for llama.cpp
     glmquant convert chatglm3-6b out --bits 16                       only make it load without remote code
     glmquant convert chatglm3-6b out --fit 6GiB --context 8192       the best that runs within 6 GiB
     glmquant convert chatglm3-6b out --adapter my-lora               merge a fine-tune on the way

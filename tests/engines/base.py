@@ -40,6 +40,7 @@ class Answer:
         kernels: what computes quantized matrices; empty if none is quantized.
         packed_bytes: quantized matrices as they lie in its memory, without scales; None where it does not tell.
         continuations: one for each prompt.
+        banned: ids that it could not choose, whatever their logit.
     """
 
     architecture: str
@@ -47,6 +48,7 @@ class Answer:
     kernels: Sequence[str]
     packed_bytes: int | None
     continuations: Sequence[Continuation]
+    banned: Sequence[int] = ()
 
 
 class Engine(Protocol):

@@ -77,4 +77,6 @@ class LlamaCpp:
         reader = gguf.GGUFReader(folder / "model.gguf")  # what it has run is what the file says
         architecture = reader.fields["general.architecture"].contents()
         types = sorted({tensor.tensor_type.name for tensor in reader.tensors} - {"F16", "F32"})
-        return Answer(architecture, checkpoint.dtype, types, None, texts)
+        # Told to go on, it never chooses what would end the text.
+        ends = [tokenizer.token_to_id(text) for text in ("<|endoftext|>", "<|im_end|>")]
+        return Answer(architecture, checkpoint.dtype, types, None, texts, banned=ends)
