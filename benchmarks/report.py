@@ -102,6 +102,21 @@ def _convert(result: Result, plot: Path) -> list[str]:
 _CONVERT_COLUMNS = (("median_seconds", 1), ("median_ratio_to_cp", 2))
 
 
+def _stream(result: Result, plot: Path) -> list[str]:
+    rows = [["", "seconds", "peak disk, GiB", "peak anonymous MiB"]]
+    for name, found in result["median"].items():
+        cells = [
+            f"{found['seconds']:.1f}",
+            f"{found['peak_disk'] / 2**30:.2f}",
+            f"{found['peak_memory'] / 2**20:.0f}",
+        ]
+        rows.append([name, *cells])
+    rate, size = result["rate_bytes_per_second"] / 1e6, result["source_bytes"] / 1e9
+    trials = len(result["trials"])
+    text = f"{size:.1f} GB from a hub on the same machine that sends {rate:.0f} MB/s, medians of {trials} trials."
+    return [text, _markdown(rows)]
+
+
 def _quality(result: Result, plot: Path) -> list[str]:
     rows = [["", "bits per weight", "KL divergence, nats", "99 % below", "perplexity, x", "same top token"]]
     figure, axes = _figure()
@@ -146,6 +161,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "bench": (_bench, "Running"),
     "convert": (_convert, "Converting"),
     "quality": (_quality, "Quality"),
+    "stream": (_stream, "Converting while downloading"),
 }
 
 

@@ -57,7 +57,7 @@ def main() -> None:
     }
     largest = sorted(p.stat().st_size for p in source.glob("*.safetensors"))[-2:]
     result = {
-        "what": "convert while downloading",
+        "benchmark": "stream",
         "model": f"{options.model}, {options.layers} layers, {options.shards} shards",
         "source_bytes": sum(p.stat().st_size for p in source.iterdir()),
         "two_largest_shards": sum(largest),
