@@ -44,6 +44,11 @@ class _QuantizedWeight(nn.Module):
         self.weight_scale = parameter(scales, getattr(torch, scheme.scale_dtype))
         self.weight_zero_point = None if scheme.symmetric else parameter(scales, torch.int8)
 
+    @property
+    def weight_operands(self) -> ops.Weight:
+        """The weight as the operators take it."""
+        return ops.Weight(self.weight_packed, self.weight_scale, self.weight_zero_point)
+
     @torch.no_grad()
     def write_rows(self, start: int, rows: QuantizedTensor) -> None:
         """Store `rows` from row `start` on; they have this layer's scheme and width."""
@@ -57,9 +62,12 @@ class _QuantizedWeight(nn.Module):
     @torch.no_grad()
     def quantized_tensor(self) -> QuantizedTensor:
         """The weight with its codes unpacked."""
-        codes = unpack_int32(self.weight_packed, self.scheme.bits, self._shape[1])
-        zero_point = None if self.weight_zero_point is None else self.weight_zero_point.data
-        return QuantizedTensor(codes, self.weight_scale.data, zero_point, self.scheme)
+        weight, bits, columns = self.weight_operands, self.scheme.bits, self._shape[1]
+        if weight.interleaved:
+            weight = ops.restore(weight, bits, columns)
+        codes = unpack_int32(weight.packed, bits, columns)
+        zero_point = None if weight.zero_point is None else weight.zero_point.detach()
+        return QuantizedTensor(codes, weight.scale.detach(), zero_point, self.scheme)
 
     def dequantize(self) -> Tensor:
         """The weight that is multiplied by, float32 [rows, columns]."""
@@ -121,6 +129,22 @@ class QuantizedLinear(_QuantizedWeight):
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
+
+    @torch.no_grad()
+    def arrange(self) -> None:
+        """Give the weight the layout that is fastest where it lies: that of the file, or for a GPU interleaved."""
+        weight, bits = self.weight_operands, self.scheme.bits
+        if weight.packed.is_meta:
+            return
+        rows, columns = self._shape
+        objection = ops.layout_objection(weight.packed.device, rows, weight.groups, columns)
+        if weight.interleaved == (objection is None):
+            return
+        weight = (ops.restore if weight.interleaved else ops.interleave)(weight, bits, columns)
+        self.weight_packed = nn.Parameter(weight.packed, requires_grad=False)
+        self.weight_scale = nn.Parameter(weight.scale, requires_grad=False)
+        if weight.zero_point is not None:
+            self.weight_zero_point = nn.Parameter(weight.zero_point, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

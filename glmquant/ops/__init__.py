@@ -5,6 +5,11 @@ right one. How they are computed is decided in one place, `choice`, which can al
 """
 
 from .choice import Implementation, Request, choose, explain
+from .interleaved import Weight, interleave, restore
 from .linear import dequantize, linear
+from .triton import layout_objection
 
-__all__ = ["Implementation", "Request", "choose", "dequantize", "explain", "linear"]
+__all__ = [
+    "Implementation", "Request", "Weight", "choose", "dequantize", "explain", "interleave", "layout_objection",
+    "linear", "restore",
+]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, triton
 from .reference import linear_tiled
 
 
@@ -29,6 +29,7 @@ class Request:
         group_size: columns that share a scale.
         bits: 4 or 8.
         symmetric: whether there are no zero points.
+        interleaved: whether the weight has the layout of `glmquant.ops.interleaved`.
     """
 
     device: str
@@ -38,13 +39,17 @@ class Request:
     group_size: int
     bits: int
     symmetric: bool
+    interleaved: bool = False
 
     @classmethod
-    def of(cls, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Request:
+    def of(
+        cls, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, interleaved: bool = False
+    ) -> Request:
         """The request that the operands of `glmquant.ops.linear` make."""
         columns = x.shape[-1]
         rows = x.numel() // max(1, columns)
-        return cls(x.device.type, x.dtype, rows, columns, columns // scale.shape[1], bits, zero_point is None)
+        group = columns // max(1, scale.shape[0 if interleaved else 1])
+        return cls(x.device.type, x.dtype, rows, columns, group, bits, zero_point is None, interleaved)
 
 
 class Run(Protocol):
@@ -77,8 +82,13 @@ class Implementation:
     run: Run
 
 
+def _native_objection(request: Request) -> str | None:
+    return "the weight is interleaved, for a GPU" if request.interleaved else native.objection(request)
+
+
 IMPLEMENTATIONS: list[Implementation] = [
-    Implementation("compiled CPU kernel", native.objection, native.linear),
+    Implementation("compiled CPU kernel", _native_objection, native.linear),
+    Implementation("Triton kernel", triton.objection, triton.linear),
     Implementation("PyTorch, tile by tile", lambda request: None, linear_tiled),
 ]
 
