@@ -1,6 +1,6 @@
 """Compile Triton kernels to machine code, for which no GPU is needed; prints what became of each, as JSON.
 
-A program of its own, because the tests run in Triton's interpreter: ``python tests/helpers_triton_build.py 80 90``.
+A program of its own, because the tests run in Triton's interpreter: ``python tests/helpers_triton_build.py 90``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from glmquant.ops import decoding_kernels, triton_kernels
+from glmquant.ops.triton import configuration
 
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
-_LINEAR = {"BIASED": True, "EVEN_N": True, "EVEN_K": True, "BLOCK_M": 8, "BLOCK_N": 32, "TILE": 2, "SLICES": 8}
-_LINEAR |= {"ASYMMETRIC": False, "BITS": 4, "GROUP": 128, "num_warps": 8}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "int4 half": {"dtype": "fp16"},
-    "int4 bfloat16, 16 rows": {"dtype": "bf16", "BLOCK_M": 16},
-    "int4 bfloat16, uneven": {"dtype": "bf16", "EVEN_K": False, "EVEN_N": False},
-    "int4 half, groups of 32, asymmetric": {"dtype": "fp16", "GROUP": 32, "TILE": 1, "ASYMMETRIC": True},
-    "int8 bfloat16, rows": {"dtype": "bf16", "BITS": 8, "GROUP": 0},
+LINEAR: dict[
+    str, tuple[Any, ...]
+] = {  # rows of x, [out, in], groups in a row, bits, whether there are zero points, dtype
+    "int4 half": (1, 4608, 4096, 32, 4, False, "fp16"),
+    "int4 bfloat16, wide": (1, 27392, 4096, 32, 4, False, "bf16"),
+    "int4 bfloat16, 16 rows, uneven": (16, 4096, 13696, 107, 4, False, "bf16"),
+    "int4 half, groups of 32, asymmetric": (8, 4608, 4096, 128, 4, True, "fp16"),
+    "int8 bfloat16, rows": (4, 4096, 13696, 1, 8, False, "bf16"),
+    "int8 half, 16 rows, asymmetric": (16, 4608, 4096, 32, 8, True, "fp16"),
 }
+SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory that a block may have."""
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> Any:
@@ -43,22 +47,26 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch
     return triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": warps})
 
 
-def linear(arch: int, dtype: str, **changes: Any) -> Any:
-    """`linear_kernel` as it is launched on a GPU with much shared memory (sm_90) or not."""
-    stages = 4 if arch in (80, 90, 100) else 2
+def linear(arch: int, m: int, n: int, k: int, groups: int, bits: int, asymmetric: bool, dtype: str) -> Any:
+    """`linear_kernel` as it is launched."""
     scales = {"fp16": "float16", "bf16": "bfloat16"}[dtype]
-    types = {name: f"*{dtype}" for name in ("x", "bias", "y")} | dict.fromkeys(("packed", "scale", "zero"), "*i32")
-    return compiled(
-        triton_kernels.linear_kernel, types, {**_LINEAR, "SCALES": scales, "STAGES": stages, **changes}, arch
+    types = dict.fromkeys(("x", "bias", "y"), f"*{dtype}") | dict.fromkeys(
+        ("packed", "scale", "zero"), "*i32"
     )
+    options = configuration(m, n, k, groups, bits, SHARED[arch])
+    options |= {"BITS": bits, "SCALES": scales, "ASYMMETRIC": asymmetric, "BIASED": True}
+    return compiled(triton_kernels.linear_kernel, types, options, arch)
 
 
 def others(arch: int) -> dict[str, Any]:
     """The kernels between the products, with the sizes of ChatGLM3-6B."""
     k, half = decoding_kernels, "*bf16"
     sizes = {"PER_GROUP": 16, "WIDTH": 128, "PARTS": 64}
-    parts = {name: "*fp32" for name in ("sums", "maxima", "totals")}
-    caches = {name: half for name in ("query", "keys", "values", "qkv", "cos", "sin")} | {"column": "*i64", "first": "*i64"}
+    parts = dict.fromkeys(("sums", "maxima", "totals"), "*fp32")
+    caches = dict.fromkeys(("query", "keys", "values", "qkv", "cos", "sin"), half) | {
+        "column": "*i64",
+        "first": "*i64",
+    }
     return {
         "norm": compiled(
             k.norm_kernel, {"x": half, "delta": half, "weight": half, "out": half, "EPSILON": "fp32"},
@@ -103,11 +111,13 @@ def _cuobjdump(option: str, file: Path) -> str:
 
 def main() -> None:
     """See the module."""
-    result = {}
-    for arch in map(int, sys.argv[1:]):
-        kernels = {name: linear(arch, **options) for name, options in VARIANTS.items()} | others(arch)
-        result[arch] = {name: report(kernel) for name, kernel in kernels.items()}
-    print(json.dumps(result))
+    arch = int(sys.argv[1])
+    kernels = {name: linear(arch, *sizes) for name, sizes in LINEAR.items()} | others(arch)
+    print(
+        json.dumps(
+            {name: report(kernel) | {"shared_limit": SHARED[arch]} for name, kernel in kernels.items()}
+        )
+    )
 
 
 if __name__ == "__main__":

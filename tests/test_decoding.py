@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -60,7 +61,9 @@ def both_ways(model: Any, steps: list[int], used: bool = True, **options: Any) -
         decoding.DEVICES.add(device)
         steps.clear()
         torch.manual_seed(7)
-        found.append(model.generate(**{"max_length": None, "pad_token_id": 0, "eos_token_id": None, **options}))
+        found.append(
+            model.generate(**{"max_length": None, "pad_token_id": 0, "eos_token_id": None, **options})
+        )
         assert bool(steps) == (used and device == "cpu")
     decoding.DEVICES.clear()
     decoding.DEVICES.add("cpu")
@@ -119,7 +122,8 @@ def test_streamers_get_every_token_once(model: Any, steps: list[int]) -> None:
     for options in ({"max_new_tokens": 9}, {"max_new_tokens": 60, "eos_token_id": EOS}):
         streamer = Received()
         found = model.generate(
-            **{**prompts(model, 1), **GREEDY, "max_length": None, "pad_token_id": 0, **options}, streamer=streamer
+            **{**prompts(model, 1), **GREEDY, "max_length": None, "pad_token_id": 0, **options},
+            streamer=streamer,
         )
         assert steps
         assert streamer.rows == found[0].tolist()
@@ -150,7 +154,9 @@ def test_a_cache_that_grows(model: Any, steps: list[int], monkeypatch: pytest.Mo
     monkeypatch.setattr(decoding, "_ROOM", 2)
     both_ways(model, steps, **prompts(model, 2), **GREEDY, max_new_tokens=40)
     assert decoding._steps[model][0].capacity == 96
-    both_ways(model, steps, **prompts(model, 2), **GREEDY, max_new_tokens=10)  # in a cache with something left in it
+    both_ways(
+        model, steps, **prompts(model, 2), **GREEDY, max_new_tokens=10
+    )  # in a cache with something left in it
 
 
 def test_what_goes_the_way_of_transformers(model: Any, steps: list[int]) -> None:
@@ -191,6 +197,7 @@ def test_weights_that_change_are_seen(steps: list[int]) -> None:
     both_ways(model, steps, **ids)
     assert decoding._steps[model][0] is not first
     del model, first
+    gc.collect()
     assert not decoding._steps
 
 
@@ -245,16 +252,16 @@ def test_silu(kernels_and_torch: Any) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("heads", "groups", "width", "rotary"), [(4, 2, 32, 16), (3, 1, 16, 16), (4, 4, 8, 4)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "width", "rotary"), [(4, 2, 32, 16), (3, 1, 16, 16), (4, 4, 8, 4)]
+)
 def test_positions(kernels_and_torch: Any, heads: int, groups: int, width: int, rotary: int) -> None:
     angles = random(2, rotary // 2, dtype=torch.float32) * 3
     cos, sin = (torch.cat((t, t), -1).half() for t in (angles.cos(), angles.sin()))
 
     def compute() -> tuple[Tensor, ...]:
-        cache = ops.Cache(
-            torch.zeros(2, groups, 6, width, dtype=torch.float16), torch.zeros(2, groups, 6, width, dtype=torch.float16),
-            torch.zeros(2, dtype=torch.int64), torch.tensor([4]),
-        )  # fmt: skip
+        keys = torch.zeros(2, groups, 6, width, dtype=torch.float16)
+        cache = ops.Cache(keys, keys.clone(), torch.zeros(2, dtype=torch.int64), torch.tensor([4]))
         query = ops.rotate_and_store(random(2, (heads + 2 * groups) * width), cos, sin, heads, cache)
         return query, cache.keys, cache.values
 

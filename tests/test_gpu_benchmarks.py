@@ -28,11 +28,15 @@ def test_every_section_that_needs_no_kernels(tmp_path: Path, monkeypatch: pytest
     }  # fmt: skip
     assert all(row["tokens/s"] > 0 for row in models)
     memory = found["memory"]["results"]
-    assert {(row["recipe"], row["batch"]) for row in memory} == {(r, b) for r in ("int4", "int8") for b in (1, 4)}
+    assert {(row["recipe"], row["batch"]) for row in memory} == {
+        (r, b) for r in ("int4", "int8") for b in (1, 4)
+    }
     assert all(row["process_measured_MiB"] > 0 < row["predicted_MiB"] + 1 for row in memory)
 
 
-def test_it_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert program.main() == 2

@@ -63,7 +63,8 @@ def test_interleaving_is_a_permutation_of_bits(columns: int, bits: int) -> None:
     assert back.zero_point is not None
     assert weight.zero_point is not None
     assert torch.equal(back.zero_point, weight.zero_point)
-    assert torch.equal(ops.dequantize(found.packed, found.scale, found.zero_point, bits, columns, torch.float32), tensor.dequantize())  # fmt: skip
+    operands = found.packed, found.scale, found.zero_point
+    assert torch.equal(ops.dequantize(*operands, bits, columns, torch.float32), tensor.dequantize())
 
 
 def test_the_layout_is_the_one_that_is_drawn() -> None:
@@ -73,7 +74,8 @@ def test_the_layout_is_the_one_that_is_drawn() -> None:
     words = interleaved.interleave(Weight(pack_int32(codes, 4), torch.ones(1, 1), None), 4, 64).packed[0, 0]
     for t, word in enumerate(words.tolist()):
         for r in range(4):
-            assert (word >> 4 * r & 15, word >> 16 + 4 * r & 15) == ((16 * r + 2 * t) % 16, (16 * r + 2 * t + 1) % 16)  # fmt: skip
+            column = 16 * r + 2 * t
+            assert (word >> 4 * r & 15, word >> 16 + 4 * r & 15) == (column % 16, column % 16 + 1)
     bytes_ = columns.to(torch.int8)[None]
     words = interleaved.interleave(Weight(pack_int32(bytes_, 8), torch.ones(1, 1), None), 8, 64).packed[0, 0]
     for t, word in enumerate(words.tolist()):
@@ -102,7 +104,8 @@ def test_products(bits: int, group: int | None, symmetric: bool, dtype: torch.dt
 @needs_interpreter
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("rows", "columns", "group"), [
-    (2, 64, 64), (32, 64, 32), (34, 96, 32), (30, 200, None), (64, 128, 128), (2, 8, None), (62, 1024, 128), (32, 1088, 64),
+    (2, 64, 64), (32, 64, 32), (34, 96, 32), (30, 200, None), (64, 128, 128), (2, 8, None), (62, 1024, 128),
+    (32, 1088, 64),
 ])  # fmt: skip
 @pytest.mark.parametrize("scale_dtype", list(DTYPES))
 def test_tails_of_every_kind(rows: int, columns: int, group: int | None, scale_dtype: str) -> None:

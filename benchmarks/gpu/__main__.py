@@ -45,7 +45,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="default: all")
     parser.add_argument("--tests", type=int, help="exit status of the GPU tests, to be recorded")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU: only to see that this program works")
+    parser.add_argument(
+        "--dry", action="store_true", help="tiny sizes on a CPU: only to see that this program works"
+    )
     options = parser.parse_args()
     sections = DRY if options.dry else SECTIONS
     if not options.dry and not torch.cuda.is_available():

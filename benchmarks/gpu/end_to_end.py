@@ -53,7 +53,9 @@ def measure(dry: bool) -> list[dict[str, Any]]:
             for batch in batches if graphed else batches[:1]:
                 with _decoding(graphed, dry):
                     found = _run(model, batch, prompt, answer)
-                rows.append({"precision": name, "way": way, "batch": batch, "resident_MiB": resident // _MIB} | found)
+                rows.append(
+                    {"precision": name, "way": way, "batch": batch, "resident_MiB": resident // _MIB} | found
+                )
         del model
     _forget()
     return rows
@@ -105,7 +107,9 @@ def _run(model: Any, batch: int, prompt: int, answer: int) -> dict[str, Any]:
         "ms/token": round(a_token * 1e3, 4),
         "tokens/s": round(batch / a_token, 1),
         "weights_GB/s": round(read / a_token / 1e9, 1),
-        "peak_allocated_MiB": torch.cuda.max_memory_allocated() // _MIB if torch.cuda.is_available() else None,
+        "peak_allocated_MiB": torch.cuda.max_memory_allocated() // _MIB
+        if torch.cuda.is_available()
+        else None,
         "device_used_MiB": _device_used(),
     }
 
@@ -168,11 +172,16 @@ def measure_memory(dry: bool) -> list[dict[str, Any]]:
         source = _tiny(folder / "source") if dry else synthetic.build(folder / "source", layers=layers)
         for name, bits in {"int4": 4, "int8": 8}.items():
             out = folder / name
-            glmquant.convert(source, out, glmquant.Recipe(bits=bits, method="rtn", group_size=32 if dry else 128))
+            glmquant.convert(
+                source, out, glmquant.Recipe(bits=bits, method="rtn", group_size=32 if dry else 128)
+            )
             seconds = timing.wall_seconds(lambda out=out: glmquant.load(out, device=device))  # type: ignore[misc]
             _forget()
             for batch in (1, 4):
-                rows.append({"recipe": name, "load_seconds": round(seconds, 3)} | _compare(out, device, context, batch))
+                rows.append(
+                    {"recipe": name, "load_seconds": round(seconds, 3)}
+                    | _compare(out, device, context, batch)
+                )
     finally:
         shutil.rmtree(folder)
     return rows
@@ -204,7 +213,13 @@ def _source(folder: Path) -> Any:
 
 
 def _tiny(folder: Path) -> Path:
-    small = {"num_layers": 1, "hidden_size": 128, "ffn_hidden_size": 192, "num_attention_heads": 4, "kv_channels": 32}
+    small = {
+        "num_layers": 1,
+        "hidden_size": 128,
+        "ffn_hidden_size": 192,
+        "num_attention_heads": 4,
+        "kv_channels": 32,
+    }
     key = "chatglm3-6b"
     usual = synthetic.MODELS[key]
     synthetic.MODELS[key] = usual | small | {"padded_vocab_size": 320}

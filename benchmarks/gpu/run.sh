@@ -16,8 +16,8 @@ if compgen -G '.whl/*.whl' >/dev/null; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" .whl/*.whl || exit 1
 fi
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-timeout 240 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu 2>&1 | tee "$out/tests.log"
+timeout 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu 2>&1 | tee "$out/tests.log"
 tests=${PIPESTATUS[0]}
-timeout 240 "$python" -m benchmarks.gpu --tests "$tests" --out "$out/gpu.json"
+timeout 320 "$python" -m benchmarks.gpu --tests "$tests" --out "$out/gpu.json"
 measured=$?
 [ "$tests" -eq 0 ] && [ "$measured" -eq 0 ]

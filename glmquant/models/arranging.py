@@ -45,7 +45,11 @@ def joined(attention: Any) -> Joined | None:
     """The projections of `attention` as one, if they still lie side by side."""
     found: Joined | None = getattr(attention, "_joined_projections", None)
     layers = _layers(attention)
-    if found is None or layers is None or layers[0].weight_packed.data_ptr() != found.weight.packed.data_ptr():
+    if (
+        found is None
+        or layers is None
+        or layers[0].weight_packed.data_ptr() != found.weight.packed.data_ptr()
+    ):
         return None
     return found
 

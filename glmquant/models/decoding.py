@@ -55,7 +55,9 @@ class DecodingMixin:
             logits = outputs.logits[:, -1]
             outputs.past_key_values.layers.clear()  # copied, and nobody else has it
             del outputs
-            return _generate(run, logits, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+            return _generate(
+                run, logits, input_ids, logits_processor, stopping_criteria, generation_config, streamer
+            )
         finally:
             busy.release()
 
@@ -113,7 +115,7 @@ def _generate(
     config: Any,
     streamer: Any,
 ) -> Tensor:
-    """transformers' ``_sample``, but that a GPU never waits for the host to look at a token.
+    """Transformers' ``_sample``, but that a GPU never waits for the host to look at a token.
 
     Whether all sequences have ended is read when the next token is on its way already; if so, that one is dropped.
     """

@@ -35,6 +35,7 @@ class DecodeStep:
         capacity: columns of the cache.
     """
 
+    @torch.inference_mode(False)  # what it holds is written to, whether in inference mode or not
     def __init__(self, model: Any, rows: int, columns: int) -> None:
         config = model.config
         self._owner = weakref.ref(model)
@@ -89,6 +90,7 @@ class DecodeStep:
         self._graph.replay()
         return self._logits
 
+    @torch.inference_mode(False)
     def _grow(self, capacity: int) -> None:
         """Room for more; what was recorded is of no use any more."""
         self._graph = self._logits = None
@@ -105,9 +107,9 @@ class DecodeStep:
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             for _ in range(2):
                 self._compute(None)
+                self._column.copy_(place[0])
+                self._positions.copy_(place[1])
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._column.copy_(place[0])
-        self._positions.copy_(place[1])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph):
             self._logits = self._compute(None)

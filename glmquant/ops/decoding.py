@@ -1,8 +1,8 @@
 """What a token needs between the products when it is decoded: norms, rotary positions, attention to a static cache.
 
-Each is a few bytes and one launch on a GPU (`glmquant.ops.decoding_kernels`), where PyTorch's own operations are five to ten; on
-a CPU, plain PyTorch. Both round at the same places. They take any pointer's values at the time they run, so that they
-may be part of a CUDA graph.
+Each is one launch on a GPU (`glmquant.ops.decoding_kernels`), where PyTorch's own operations are five to ten; on a
+CPU, plain PyTorch. Both round at the same places. What changes from token to token they read from memory,
+so that a CUDA graph may hold them.
 """
 
 from __future__ import annotations

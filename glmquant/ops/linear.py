@@ -7,7 +7,8 @@ point:
     weight_scale       half, bfloat16 or float32 [out, groups]; a group is in/groups adjacent columns
     weight_zero_point  int8 [out, groups] on the signed grid of the codes, or None
 
-They also take the layout of `glmquant.ops.interleaved`, which is for GPUs. The operators are opaque to torch.compile, so a compiled model calls the same kernels as an eager one.
+They also take the layout of `glmquant.ops.interleaved`, which is for GPUs. They are opaque to torch.compile, so a
+compiled model calls the same kernels as an eager one.
 """
 
 from __future__ import annotations

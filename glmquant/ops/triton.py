@@ -25,6 +25,7 @@ MOST_ROWS = 16
 
 _OLDEST = (8, 0)  # copies from memory to shared memory that do not wait, and bfloat16
 _DTYPES = (torch.float16, torch.bfloat16)
+_SPARE = 4 << 10  # of shared memory, for what is exchanged in a step
 _lock = threading.Lock()
 _found: dict[int, str | None] = {}
 
@@ -53,14 +54,18 @@ def _try_out(index: int) -> str | None:
         )
     try:
         _probe(torch.device("cuda", index))
-    except Exception as error:  # of any kind: a missing compiler, a folder without permission, an old driver ...
+    except (
+        Exception
+    ) as error:  # of any kind: a missing compiler, a folder without permission, an old driver ...
         return f"Triton cannot compile or run a kernel ({type(error).__name__}: {error})".partition("\n")[0]
     return None
 
 
 def _probe(device: torch.device) -> None:
     """Multiply once, by weights that are all 1."""
-    words = torch.full((32, 8), -0x66666667, dtype=torch.int32, device=device)  # 0x99999999: eight times 1 + 8
+    words = torch.full(
+        (32, 8), -0x66666667, dtype=torch.int32, device=device
+    )  # 0x99999999: eight times 1 + 8
     scale = torch.ones(32, 1, dtype=torch.float16, device=device)
     x = torch.ones(1, CHUNK, dtype=torch.float16, device=device)
     weight = interleave(Weight(words, scale, None), 4, CHUNK)
@@ -106,7 +111,7 @@ def linear(
     if m == 0 or n == 0:
         return y
     x = x.contiguous()
-    options = configuration(m, n, k, scale.shape[0], x.device)
+    options = configuration(m, n, k, scale.shape[0], bits, _shared_memory(x.device))
     scales = _pairs(scale)
     zeros = scales if zero_point is None else _pairs(zero_point)
     with _on(x.device):
@@ -118,7 +123,7 @@ def linear(
     return y
 
 
-def configuration(m: int, n: int, k: int, groups: int, device: torch.device) -> dict[str, Any]:
+def configuration(m: int, n: int, k: int, groups: int, bits: int, shared: int) -> dict[str, Any]:
     """How `linear_kernel` is cut into blocks, steps and warps; the reasons are in kernels/NOTES.md.
 
     Args:
@@ -126,28 +131,33 @@ def configuration(m: int, n: int, k: int, groups: int, device: torch.device) -> 
         n: rows of the weight.
         k: columns of the weight.
         groups: in a row of the weight.
-        device: the GPU.
+        bits: of a weight, 4 or 8.
+        shared: bytes of shared memory that a block may have.
     """
     group = 0 if groups == 1 else k // groups
-    tile = 2 if group % (2 * CHUNK) == 0 else 1  # chunks; all of a tile has one scale, or two where a group is 32
+    tile = (
+        2 if group % (2 * CHUNK) == 0 else 1
+    )  # chunks; all of a tile has one scale, or two where a group is 32
     chunks = -(-k // CHUNK)
     slices = 8
     while slices > 1 and slices * tile > chunks:
         slices //= 2
+    block_m = 8 if m <= 8 else 16
     block_n = 32 if n <= 16384 or m > 8 else 64
+    # A step's operands: weights, activations, scales and zero points. Up to three steps are on their way.
+    a_step = slices * tile * (CHUNK * (block_n * bits // 8 + 2 * block_m) + 8 * block_n)
+    ahead = max(1, min(3, (shared - _SPARE) // a_step))
     return {
         "GROUP": group, "EVEN_N": n % block_n == 0, "EVEN_K": k % (CHUNK * tile * slices) == 0,
-        "BLOCK_M": 8 if m <= 8 else 16, "BLOCK_N": block_n, "TILE": tile, "SLICES": slices,
-        "STAGES": _stages(device), "num_warps": max(4, slices),
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "TILE": tile, "SLICES": slices, "STAGES": ahead + 1,
+        "num_warps": max(4, slices),
     }  # fmt: skip
 
 
-def _stages(device: torch.device) -> int:
-    """Steps whose operands are in shared memory or on their way: up to 33 kB each."""
-    if device.type != "cuda":
-        return 2
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return 4 if shared >= 160 << 10 else 2
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return 0
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def dequantize(

@@ -28,7 +28,7 @@ def _less(number, by):
 @triton.jit
 def _pair(words, zeros, RUN: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """[..., 2] of DTYPE: those codes of each word that belong to run RUN of its chunk, less the zero points `zeros`."""
-    HALF: tl.constexpr = DTYPE == tl.float16
+    HALF: tl.constexpr = tl.float16 == DTYPE
     if BITS == 4:
         # 16 + code: 0x4C00 is 16 in half, where bit 6 counts 1, and 0x4180 in bfloat16, where bit 3 does.
         BIT: tl.constexpr = 6 if HALF else 3
@@ -69,7 +69,7 @@ def linear_kernel(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] @ weight [N, K].T + bias; a block computes BLOCK_N columns of y.
+    """Y [M, N] = x [M, K] @ weight [N, K].T + bias; a block computes BLOCK_N columns of y.
 
     STRIDE is that of the rows of `scale` and `zero`, in their items as they are given here.
 
@@ -130,7 +130,9 @@ def linear_kernel(
                     inside = within[:, None] & (n < N)[None, :]
                     s = tl.load(scale + group[:, None] * STRIDE + n[None, :], mask=inside, other=0.0)
                 else:
-                    s = _pairs_of_rows(scale, group, within, n_block, N, STRIDE, not (EVEN_N and EVEN_K), BLOCK_N)
+                    s = _pairs_of_rows(
+                        scale, group, within, n_block, N, STRIDE, not (EVEN_N and EVEN_K), BLOCK_N
+                    )
                     if SCALES == "float16":
                         s = tl.join(_half(s, False, tl.float16), _half(s, True, tl.float16)).to(tl.float32)
                     else:
@@ -149,7 +151,7 @@ def dequantize_kernel(
     packed, scale, zero, out, N, K, CHUNKS, STRIDE,
     BITS: tl.constexpr, GROUP: tl.constexpr, ASYMMETRIC: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """out [N, K]: a block writes BLOCK_N rows of TILE chunks. The product of code and scale is rounded once.
+    """Out [N, K]: a block writes BLOCK_N rows of TILE chunks. The product of code and scale is rounded once.
 
     STRIDE is that of the rows of `scale` and `zero`.
     """

@@ -47,7 +47,9 @@ def test_triton_can_be_used() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_products(bits: int, group: int | None, dtype: torch.dtype) -> None:
     """Real shapes and tails, few rows and many, against the exact product, twice the same."""
-    for (rows, columns), symmetric in itertools.product(((4608, 4096), (512, 13696), (66, 1280)), (True, False)):
+    for (rows, columns), symmetric in itertools.product(
+        ((4608, 4096), (512, 13696), (66, 1280)), (True, False)
+    ):
         if columns % (group or 1):
             continue
         tensor = quantized(rows, columns, Scheme(bits, group, symmetric))
@@ -128,8 +130,8 @@ def test_the_loop_gives_the_same_tokens(bits: int | None, sampled: bool) -> None
         torch.manual_seed(5)
         found.append(
             model.generate(
-                ids, attention_mask=mask, max_new_tokens=40, max_length=None, do_sample=sampled, top_k=3 if sampled else None,
-                pad_token_id=0, eos_token_id=[2, 7],
+                ids, attention_mask=mask, max_new_tokens=40, max_length=None, do_sample=sampled,
+                top_k=3 if sampled else None, pad_token_id=0, eos_token_id=[2, 7],
             )
         )  # fmt: skip
     decoding.DEVICES.update({"cuda"})
@@ -143,7 +145,12 @@ def test_the_loop_is_a_graph_that_is_used_again() -> None:
     model = small_model(torch.bfloat16)
     model.quantize(4, group_size=128)
     ids = torch.randint(3, 1000, (2, 20), device=GPU)
-    options: dict[str, Any] = {"do_sample": False, "max_length": None, "pad_token_id": 0, "eos_token_id": None}
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "max_length": None,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     first = model.generate(ids, max_new_tokens=30, **options)
     run = decoding._steps[model][0]
     graph = run._graph
