@@ -20,7 +20,7 @@ from glmquant.models import decoding, step
 from glmquant.models.step import DecodeStep
 from glmquant.ops import decoding as ops
 
-EOS = list(range(5, 320, 23))
+EOS = list(range(5, 320, 7))
 
 
 @pytest.fixture

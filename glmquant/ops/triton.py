@@ -116,7 +116,7 @@ def linear(
     zeros = scales if zero_point is None else _pairs(zero_point)
     with _on(x.device):
         triton_kernels.linear_kernel[(-(-n // options["BLOCK_N"]),)](
-            x, packed, scales, zeros, x if bias is None else bias, y, m, n, k, packed.shape[1], scales.stride(0),
+            x, packed, scales, zeros, x if bias is None else bias, y, m, n, k, packed.shape[1], scale.stride(0) // 2,
             BITS=bits, SCALES=str(scale.dtype).removeprefix("torch."), ASYMMETRIC=zero_point is not None,
             BIASED=bias is not None, **options,
         )  # fmt: skip

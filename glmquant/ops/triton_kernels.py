@@ -71,7 +71,7 @@ def linear_kernel(
 ):  # fmt: skip
     """Y [M, N] = x [M, K] @ weight [N, K].T + bias; a block computes BLOCK_N columns of y.
 
-    STRIDE is that of the rows of `scale` and `zero`, in their items as they are given here.
+    STRIDE is that of the rows of `scale` and `zero`, in pairs.
 
     A step takes SLICES tiles of TILE chunks of 64 columns. GROUP is 32, a multiple of a tile, or 0 where a row is one.
     """
@@ -128,7 +128,7 @@ def linear_kernel(
             if r == RUNS - 1 or (GROUP == 32 and r == RUNS // 2 - 1):
                 if SCALES == "float32":
                     inside = within[:, None] & (n < N)[None, :]
-                    s = tl.load(scale + group[:, None] * STRIDE + n[None, :], mask=inside, other=0.0)
+                    s = tl.load(scale + group[:, None] * (2 * STRIDE) + n[None, :], mask=inside, other=0.0)
                 else:
                     s = _pairs_of_rows(
                         scale, group, within, n_block, N, STRIDE, not (EVEN_N and EVEN_K), BLOCK_N
