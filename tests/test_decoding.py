@@ -153,7 +153,7 @@ def test_a_cache_that_grows(model: Any, steps: list[int], monkeypatch: pytest.Mo
     monkeypatch.setattr(step, "_UNIT", 4)
     monkeypatch.setattr(decoding, "_ROOM", 2)
     both_ways(model, steps, **prompts(model, 2), **GREEDY, max_new_tokens=40)
-    assert decoding._steps[model][0].capacity == 96
+    assert decoding._steps[model][0].capacity == 48
     both_ways(
         model, steps, **prompts(model, 2), **GREEDY, max_new_tokens=10
     )  # in a cache with something left in it
@@ -172,6 +172,7 @@ def test_what_goes_the_way_of_transformers(model: Any, steps: list[int]) -> None
     whole = model.generate(**ids, max_length=None, return_dict_in_generate=True, output_scores=True)
     assert not steps
     assert len(whole.scores) == 4
+    steps.clear()
     hook = model.model.layers[0].register_forward_hook(lambda *_: None)
     both_ways(model, steps, used=False, **ids)
     hook.remove()

@@ -200,7 +200,7 @@ def _compare(out: Path, device: str, context: int, batch: int) -> dict[str, Any]
     row = {"batch": batch, "context": context, "predicted_MiB": predicted.allocated // _MIB}
     if "allocated" in found:
         row["measured_MiB"] = found["allocated"] // _MIB
-        row["error_percent"] = round(100 * (predicted.allocated / found["allocated"] - 1), 2)  # type: ignore[assignment]
+        row["error_percent"] = round(100 * (predicted.allocated / found["allocated"] - 1), 2)
     row["process_predicted_MiB"] = predicted.process // _MIB
     row["process_measured_MiB"] = found["process"] // _MIB
     return row

@@ -71,7 +71,8 @@ def why_not(model: Any, input_ids: Tensor, config: Any, kwargs: dict[str, Any]) 
         config: the GenerationConfig.
         kwargs: what transformers would give to the model beside `input_ids`.
     """
-    cache, mask, positions = (kwargs.get(k) for k in ("past_key_values", "attention_mask", "position_ids"))
+    cache: Any = kwargs.get("past_key_values")
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if model.device.type not in DEVICES:
         return f"the model is on {model.device.type}"
     if input_ids.device != model.device:

@@ -145,6 +145,8 @@ def why_not(model: Any) -> str | None:
         return "the model is in training mode"
     if model.config.hidden_act != "silu":
         return f"its activation function is {model.config.hidden_act}"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "there are hooks on it"
     if any(not isinstance(layer.self_attn, GlmAttention) for layer in model.model.layers):
         return "its attention has been replaced"
     return None

@@ -84,7 +84,7 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, cache: C
     """
     rows, (_, groups, capacity, width) = qkv.shape[0], cache.keys.shape
     if not _kernels(qkv):
-        q, k, v = qkv.view(rows, -1, width).split([heads, groups, groups], dim=1)
+        q, k, v = torch.split(qkv.view(rows, -1, width), [heads, groups, groups], dim=1)
         cache.keys.index_copy_(2, cache.column, _rotated(k, cos, sin)[:, :, None])
         cache.values.index_copy_(2, cache.column, v[:, :, None])
         return _rotated(q, cos, sin)

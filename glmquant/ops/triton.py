@@ -157,7 +157,8 @@ def configuration(m: int, n: int, k: int, groups: int, bits: int, shared: int) -
 def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":  # Triton's interpreter
         return 0
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def dequantize(
