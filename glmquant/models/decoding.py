@@ -49,11 +49,13 @@ class DecodingMixin:
                 streamer=streamer, **model_kwargs,
             )  # fmt: skip
         try:
-            outputs = self._prefill(input_ids, generation_config, model_kwargs)  # type: ignore[attr-defined]
             run = _step_for(self, input_ids, generation_config.max_length)
-            run.start(outputs.past_key_values, model_kwargs.get("attention_mask"))
+            cache = model_kwargs["past_key_values"]
+            cache.layers = run.prompt_layers(input_ids.shape[1])
+            outputs = self._prefill(input_ids, generation_config, model_kwargs)  # type: ignore[attr-defined]
+            cache.layers = []
+            run.start(input_ids.shape[1], model_kwargs.get("attention_mask"))
             logits = outputs.logits[:, -1]
-            outputs.past_key_values.layers.clear()  # copied, and nobody else has it
             del outputs
             return _generate(
                 run, logits, input_ids, logits_processor, stopping_criteria, generation_config, streamer

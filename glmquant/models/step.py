@@ -1,8 +1,8 @@
 """One token for every sequence of a batch, as little else as possible: `DecodeStep`.
 
-transformers' model computes a prompt; the keys and values that this leaves are copied to a cache of fixed size, and
-from there on each token is the same list of launches on the same memory, which on a GPU is recorded once as a CUDA
-graph. Launching them one by one takes a processor longer than a GPU takes to run them.
+transformers' model computes a prompt, whose keys and values go to memory of a fixed size. From there on each token is
+the same list of launches on the same memory, which on a GPU is recorded once, as a CUDA graph: launching them one by
+one takes a processor longer than a GPU takes to run them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.cache_utils import DynamicLayer
 from transformers.models.glm.modeling_glm import GlmAttention, GlmForCausalLM
 
 from .. import ops
@@ -53,21 +54,22 @@ class DecodeStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
+    def prompt_layers(self, columns: int) -> list[Any]:
+        """Layers for a cache of transformers, which put keys and values of a prompt of so many tokens where they stay."""
+        if columns > self.capacity:
+            self._grow(capacity_for(columns))
+        return [_PromptLayer(*layer) for layer in zip(self._keys, self._values, strict=True)]
+
     @torch.no_grad()
-    def start(self, cache: Any, mask: Tensor | None) -> None:
-        """Take over what a prompt left.
+    def start(self, columns: int, mask: Tensor | None) -> None:
+        """Go on after a prompt that was computed with `prompt_layers`.
 
         Args:
-            cache: its keys and values, a cache of transformers that holds every column.
+            columns: of the prompt.
             mask: [rows, columns], 0 where a column is padding, which is on the left; None if none is.
         """
-        self._length = int(cache.get_seq_length())
-        if self._length > self.capacity:
-            self._grow(capacity_for(self._length))
-        for index, layer in enumerate(cache.layers):
-            self._keys[index, :, :, : self._length] = layer.keys
-            self._values[index, :, :, : self._length] = layer.values
-        self._column.fill_(self._length - 1)
+        self._length = columns
+        self._column.fill_(columns - 1)
         if mask is None:
             self._first.zero_()
         else:
@@ -133,6 +135,30 @@ class DecodeStep:
             delta = layer.mlp.down_proj(decoding.silu_product(layer.mlp.gate_up_proj(x)))
         logits: Tensor = model.lm_head(_norm(base.norm, hidden, delta))
         return logits
+
+
+class _PromptLayer(DynamicLayer):
+    """A layer of a cache that holds a prompt, computed at once, in memory of another.
+
+    Args:
+        keys: [rows, groups, capacity, width].
+        values: the same.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self._room = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep them; attention is to them alone."""
+        length = key_states.shape[2]
+        self.keys, self.values = (room[:, :, :length] for room in self._room)
+        self.keys.copy_(key_states)
+        self.values.copy_(value_states)
+        self.is_initialized = True
+        return key_states, value_states
 
 
 def why_not(model: Any) -> str | None:

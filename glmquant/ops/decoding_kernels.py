@@ -29,7 +29,7 @@ def norm_kernel(
 
 @triton.jit
 def silu_kernel(both, out, COLUMNS, BLOCK: tl.constexpr):
-    """Out [rows, COLUMNS] = silu(first half) * second half of a row of `both`."""
+    """Writes out [rows, COLUMNS] = silu(first half) * second half of a row of `both`."""
     DTYPE: tl.constexpr = both.dtype.element_ty
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -122,7 +122,7 @@ def attention_kernel(
 def merge_kernel(
     sums, maxima, totals, out, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
 ):
-    """Out [rows, groups, PER_GROUP, WIDTH] of what `attention_kernel` wrote; a head each, parts in their order."""
+    """Writes out [rows, groups, PER_GROUP, WIDTH] from what `attention_kernel` wrote: a head each, parts in order."""
     both, head = tl.program_id(0), tl.program_id(1)
     part, d = tl.arange(0, PARTS), tl.arange(0, WIDTH)
     place = (both * PARTS + part) * PER_GROUP + head

@@ -69,7 +69,7 @@ def linear_kernel(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Y [M, N] = x [M, K] @ weight [N, K].T + bias; a block computes BLOCK_N columns of y.
+    """Computes y [M, N] = x [M, K] @ weight [N, K].T + bias; a block computes BLOCK_N columns of y.
 
     STRIDE is that of the rows of `scale` and `zero`, in pairs.
 
@@ -151,7 +151,7 @@ def dequantize_kernel(
     packed, scale, zero, out, N, K, CHUNKS, STRIDE,
     BITS: tl.constexpr, GROUP: tl.constexpr, ASYMMETRIC: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Out [N, K]: a block writes BLOCK_N rows of TILE chunks. The product of code and scale is rounded once.
+    """Writes out [N, K]; a block has BLOCK_N rows of TILE chunks. The product of code and scale is rounded once.
 
     STRIDE is that of the rows of `scale` and `zero`.
     """
