@@ -55,7 +55,7 @@ class DecodeStep:
         self._logits: Tensor | None = None
 
     def prompt_layers(self, columns: int) -> list[Any]:
-        """Layers for a cache of transformers, which put keys and values of a prompt of so many tokens where they stay."""
+        """Layers for a cache of transformers, which put keys and values of a prompt of `columns` where they stay."""
         if columns > self.capacity:
             self._grow(capacity_for(columns))
         return [_PromptLayer(*layer) for layer in zip(self._keys, self._values, strict=True)]
