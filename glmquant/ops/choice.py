@@ -82,12 +82,15 @@ class Implementation:
     run: Run
 
 
-def _native_objection(request: Request) -> str | None:
-    return "the weight is interleaved, for a GPU" if request.interleaved else native.objection(request)
+def _not_interleaved(objection: Callable[[Request], str | None]) -> Callable[[Request], str | None]:
+    """For what reads the layout of files alone."""
+    return lambda request: (
+        "the weight is interleaved, for a GPU" if request.interleaved else objection(request)
+    )
 
 
 IMPLEMENTATIONS: list[Implementation] = [
-    Implementation("compiled CPU kernel", _native_objection, native.linear),
+    Implementation("compiled CPU kernel", _not_interleaved(native.objection), native.linear),
     Implementation("Triton kernel", triton.objection, triton.linear),
     Implementation("PyTorch, tile by tile", lambda request: None, linear_tiled),
 ]
