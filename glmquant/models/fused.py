@@ -56,7 +56,11 @@ def _alike(layers: list[Any]) -> bool:
         type(layer) is not type(first) for layer in layers
     ):
         return False
-    if type(first) is QuantizedLinear and any(layer.scheme != first.scheme for layer in layers):
+    if type(first) is QuantizedLinear and (
+        not first.has_kernels
+        or first.weight_operands.interleaved  # for a GPU, where `arranging` has put them side by side
+        or any(layer.scheme != first.scheme for layer in layers)
+    ):
         return False
     if any(
         layer._forward_hooks

@@ -12,6 +12,7 @@ from transformers.models.glm4 import modeling_glm4 as glm4
 
 from .beside_chat import BesideChatMixin
 from .chat import ChatMixin
+from .decoding import DecodingMixin
 from .quantized import CheckedEmbedding, OutputHead
 from .runtime import PreciseRotary, RuntimeMixin
 
@@ -24,7 +25,7 @@ class Glm4Rotary(PreciseRotary, glm4.Glm4RotaryEmbedding):
     """See `PreciseRotary`."""
 
 
-class GlmForCausalLM(ChatMixin, BesideChatMixin, RuntimeMixin, glm.GlmForCausalLM):
+class GlmForCausalLM(ChatMixin, BesideChatMixin, RuntimeMixin, DecodingMixin, glm.GlmForCausalLM):
     """The architecture of ChatGLM2-6B, ChatGLM3-6B, ChatGLM3-6B-32K, GLM-4-9B-chat and GLM-4-9B-hf."""
 
     def __init__(self, config: GlmConfig) -> None:

@@ -47,6 +47,11 @@ class _QuantizedWeight(nn.Module):
         self.weight_zero_point = parameter(scales, torch.int8) if offset == "zero point" else None
         self.weight_minimum = parameter(scales, self.weight_scale.dtype) if offset == "minimum" else None
 
+    @property
+    def weight_operands(self) -> ops.Weight:
+        """The weight as the operators take it."""
+        return ops.Weight(self.weight_packed, self.weight_scale, self.weight_zero_point)
+
     @torch.no_grad()
     def write_rows(self, start: int, rows: QuantizedTensor) -> None:
         """Store `rows` from row `start` on; they have this layer's scheme and width."""
@@ -63,10 +68,13 @@ class _QuantizedWeight(nn.Module):
     @torch.no_grad()
     def quantized_tensor(self) -> QuantizedTensor:
         """The weight with its codes unpacked."""
-        codes = unpack_int32(self.weight_packed, self.scheme.bits, self._shape[1])
-        zero_point = None if self.weight_zero_point is None else self.weight_zero_point.data
-        minimum = None if self.weight_minimum is None else self.weight_minimum.data
-        return QuantizedTensor(codes, self.weight_scale.data, zero_point, self.scheme, minimum)
+        weight, bits, columns = self.weight_operands, self.scheme.bits, self._shape[1]
+        if weight.interleaved:
+            weight = ops.restore(weight, bits, columns)
+        codes = unpack_int32(weight.packed, bits, columns)
+        zero_point = None if weight.zero_point is None else weight.zero_point.detach()
+        minimum = None if self.weight_minimum is None else self.weight_minimum.detach()
+        return QuantizedTensor(codes, weight.scale.detach(), zero_point, self.scheme, minimum)
 
     def dequantize(self) -> Tensor:
         """The weight that is multiplied by, float32 [rows, columns]."""
@@ -131,9 +139,30 @@ class QuantizedLinear(_QuantizedWeight):
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether `ops.linear` knows what the weight is made of."""
+        return not self.scheme.minimum and self.scheme.book != "nf4"
+
+    @torch.no_grad()
+    def arrange(self) -> None:
+        """Give the weight the layout that is fastest where it lies: that of the file, or for a GPU interleaved."""
+        weight, bits = self.weight_operands, self.scheme.bits
+        if weight.packed.is_meta or not self.has_kernels:
+            return
+        rows, columns = self._shape
+        objection = ops.layout_objection(weight.packed.device, rows, weight.groups, columns)
+        if weight.interleaved == (objection is None):
+            return
+        weight = (ops.restore if weight.interleaved else ops.interleave)(weight, bits, columns)
+        self.weight_packed = nn.Parameter(weight.packed, requires_grad=False)
+        self.weight_scale = nn.Parameter(weight.scale, requires_grad=False)
+        if weight.zero_point is not None:
+            self.weight_zero_point = nn.Parameter(weight.zero_point, requires_grad=False)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]. What `ops.linear` has no kernel for is unpacked for every product."""
-        if self.scheme.minimum or self.scheme.book == "nf4":
+        if not self.has_kernels:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.dequantize().to(x.dtype), bias)
         return ops.linear(

@@ -15,6 +15,7 @@ from .. import quantizers
 from ..errors import QuantizationError, UsageError
 from ..quantizers import Quantizer
 from ..scheme import GROUP_SIZES, Scheme
+from .arranging import arrange
 from .quantized import QuantizedEmbedding, QuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,12 @@ class RuntimeMixin:
             setattr(parent, name, packed)
         if device is not None:
             self.to(device)  # type: ignore[attr-defined]
+        arrange(self)  # type: ignore[arg-type]
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        arrange(self)  # type: ignore[arg-type]
         return self
 
     def _linear_layers(self) -> list[tuple[nn.Module, str, nn.Linear, str]]:

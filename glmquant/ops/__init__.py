@@ -5,7 +5,12 @@ right one. How they are computed is decided in one place, `choice`, which can al
 """
 
 from .choice import Implementation, Request, choose, explain
+from .interleaved import Weight, interleave, restore
 from .linear import dequantize, linear
 from .native import linear_16
+from .triton import layout_objection
 
-__all__ = ["Implementation", "Request", "choose", "dequantize", "explain", "linear", "linear_16"]
+__all__ = [
+    "Implementation", "Request", "Weight", "choose", "dequantize", "explain", "interleave", "layout_objection",
+    "linear", "linear_16", "restore",
+]  # fmt: skip

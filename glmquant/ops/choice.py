@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, triton
 from .reference import linear_tiled
 
 
@@ -29,6 +29,7 @@ class Request:
         group_size: columns that share a scale.
         bits: 4 or 8.
         symmetric: whether there are no zero points.
+        interleaved: whether the weight has the layout of `glmquant.ops.interleaved`.
     """
 
     device: str
@@ -38,13 +39,17 @@ class Request:
     group_size: int
     bits: int
     symmetric: bool
+    interleaved: bool = False
 
     @classmethod
-    def of(cls, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Request:
+    def of(
+        cls, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, interleaved: bool = False
+    ) -> Request:
         """The request that the operands of `glmquant.ops.linear` make."""
         columns = x.shape[-1]
         rows = x.numel() // max(1, columns)
-        return cls(x.device.type, x.dtype, rows, columns, columns // scale.shape[1], bits, zero_point is None)
+        group = columns // max(1, scale.shape[0 if interleaved else 1])
+        return cls(x.device.type, x.dtype, rows, columns, group, bits, zero_point is None, interleaved)
 
 
 class Run(Protocol):
@@ -77,9 +82,21 @@ class Implementation:
     run: Run
 
 
+def _not_interleaved(objection: Callable[[Request], str | None]) -> Callable[[Request], str | None]:
+    """For what reads the layout of files alone."""
+    return lambda request: (
+        "the weight is interleaved, for a GPU" if request.interleaved else objection(request)
+    )
+
+
 IMPLEMENTATIONS: list[Implementation] = [
-    Implementation("compiled CPU kernel, 8-bit activations", native.short_objection, native.linear_short),
-    Implementation("compiled CPU kernel", native.objection, native.linear),
+    Implementation(
+        "compiled CPU kernel, 8-bit activations",
+        _not_interleaved(native.short_objection),
+        native.linear_short,
+    ),
+    Implementation("compiled CPU kernel", _not_interleaved(native.objection), native.linear),
+    Implementation("Triton kernel", triton.objection, triton.linear),
     Implementation("PyTorch, tile by tile", lambda request: None, linear_tiled),
 ]
 

@@ -7,7 +7,8 @@ point:
     weight_scale       half, bfloat16 or float32 [out, groups]; a group is in/groups adjacent columns
     weight_zero_point  int8 [out, groups] on the signed grid of the codes, or None
 
-The operators are opaque to torch.compile, so a compiled model calls the same kernels as an eager one.
+They also take the layout of `glmquant.ops.interleaved`, which is for GPUs. They are opaque to torch.compile, so a
+compiled model calls the same kernels as an eager one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .choice import Request, choose
+from .interleaved import CHUNK
 from .reference import dequantize
 
 __all__ = ["dequantize", "linear"]
@@ -66,7 +68,7 @@ def _define(bits: int) -> None:
         x: Tensor, weight_packed: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         _check(x, weight_packed, weight_scale, zero_point, bias, bits)
-        request = Request.of(x, weight_scale, zero_point, bits)
+        request = Request.of(x, weight_scale, zero_point, bits, interleaved=weight_packed.dim() == 3)
         rows = x.reshape(-1, x.shape[-1])
         y = choose(request).run(rows, weight_packed, weight_scale, zero_point, bias, bits)
         return y.view(*x.shape[:-1], weight_packed.shape[0])
@@ -85,17 +87,28 @@ def _check(
 ) -> None:
     """What would otherwise be a wrong result, or an access beyond the end in a kernel."""
     columns, rows = x.shape[-1], packed.shape[0]
+    others = [t for t in (packed, scale, zero_point, bias) if t is not None and t.device != x.device]
+    if others:
+        raise UsageError(f"activations on {x.device} do not go with a quantized layer on {others[0].device}.")
     if x.dtype not in _FLOATS:
         raise UsageError(f"a quantized layer takes half, bfloat16 or float32 activations, not {x.dtype}.")
-    if packed.dtype != torch.int32 or packed.shape[1] != -(-columns * bits // 32):
+    interleaved = packed.dim() == 3
+    words = (-(-columns // CHUNK), 2 * bits) if interleaved else (-(-columns * bits // 32),)
+    if packed.dtype != torch.int32 or packed.shape[1:] != words:
         raise UsageError(
             f"activations of width {columns} do not fit a {bits}-bit weight stored as {packed.dtype} "
             f"{list(packed.shape)}."
         )
-    if scale.shape[0] != rows or columns % scale.shape[1]:
-        raise UsageError(f"scales {list(scale.shape)} do not fit a weight of [{rows}, {columns}].")
-    if zero_point is not None and (zero_point.shape != scale.shape or zero_point.dtype != torch.int8):
-        raise UsageError(f"zero points {list(zero_point.shape)} do not fit scales {list(scale.shape)}.")
+    height, groups = reversed(scale.shape) if interleaved else scale.shape
+    if height != rows or columns % max(1, groups) or scale.dtype not in _FLOATS:
+        raise UsageError(
+            f"scales {list(scale.shape)} of {scale.dtype} do not fit a weight of [{rows}, {columns}]."
+        )
+    whole = torch.int16 if interleaved else torch.int8
+    if zero_point is not None and (zero_point.shape != scale.shape or zero_point.dtype != whole):
+        raise UsageError(
+            f"zero points {list(zero_point.shape)} of {zero_point.dtype} do not fit scales {list(scale.shape)}."
+        )
     if bias is not None and bias.shape != (rows,):
         raise UsageError(f"a bias of {list(bias.shape)} does not fit {rows} output rows.")
 

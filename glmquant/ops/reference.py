@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..packing import unpack_int32
-from . import native
+from . import native, triton
+from .interleaved import Weight, restore
 
 # Weights in a tile. On a CPU a tile and its temporaries stay in the caches; a GPU wants few, large launches.
 _TILE = {"cpu": 1 << 20}
@@ -26,13 +27,18 @@ def dequantize(
     Equals ``QuantizedTensor.dequantize().to(dtype)`` bit for bit: the product of a code and a scale is rounded once.
 
     Args:
-        packed: int32 [rows, ceil(columns*bits/32)].
+        packed: int32 [rows, ceil(columns*bits/32)]; or interleaved, and so are the next two.
         scale: [rows, groups].
         zero_point: int8 [rows, groups] or None.
         bits: 4 or 8.
         columns: width of the weight.
         dtype: of the result.
     """
+    if packed.dim() == 3:
+        if triton.why_not(packed.device) is None:
+            return triton.dequantize(packed, scale, zero_point, bits, columns, dtype)
+        weight = restore(Weight(packed, scale, zero_point), bits, columns)
+        packed, scale, zero_point = weight.packed, weight.scale, weight.zero_point
     compiled = native.dequantize(packed, scale, zero_point, bits, columns, dtype)
     return _dequantize(packed, scale, zero_point, bits, columns, dtype) if compiled is None else compiled
 
@@ -61,9 +67,12 @@ def linear_tiled(
     # A CPU multiplies half matrices ten times more slowly than float32 ones, except for a single row.
     widen = x.dtype == torch.float16 and x.device.type == "cpu" and x.shape[0] > 1
     left = x.float() if widen else x
+    weight = Weight(packed, scale, zero_point)
     for start in range(0, height, step):
-        rows = slice(start, start + step)
-        zeros = None if zero_point is None else zero_point[rows]
-        tile = dequantize(packed[rows], scale[rows], zeros, bits, columns, x.dtype)
-        y[:, rows] = left @ tile.to(left.dtype).t()
+        rows = weight.rows(start, min(height, start + step))
+        tile = dequantize(rows.packed, rows.scale, rows.zero_point, bits, columns, x.dtype)
+        if x.is_cuda:
+            torch.mm(left, tile.t(), out=y[:, start : start + step])  # where it belongs, without a copy
+        else:
+            y[:, start : start + step] = left @ tile.to(left.dtype).t()
     return y if bias is None else y.add_(bias)

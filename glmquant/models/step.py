@@ -1,0 +1,196 @@
+"""One token for every sequence of a batch, as little else as possible: `DecodeStep`.
+
+transformers' model computes a prompt, whose keys and values go to memory of a fixed size. From there on each token is
+the same list of launches on the same memory, which on a GPU is recorded once, as a CUDA graph: launching them one by
+one takes a processor longer than a GPU takes to run them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.cache_utils import DynamicLayer
+from transformers.models.glm.modeling_glm import GlmAttention, GlmForCausalLM
+
+from .. import ops
+from ..ops import decoding
+from .arranging import joined
+
+_UNIT = 256  # columns that a cache is a multiple of
+
+
+class DecodeStep:
+    """A model, a batch size and a cache.
+
+    Args:
+        model: one that `why_not` has nothing against; it is not kept alive.
+        rows: sequences.
+        columns: tokens of a sequence that there is room for at first; the cache grows.
+
+    Attributes:
+        rows: sequences.
+        capacity: columns of the cache.
+    """
+
+    @torch.inference_mode(False)  # what it holds is written to, whether in inference mode or not
+    def __init__(self, model: Any, rows: int, columns: int) -> None:
+        config = model.config
+        self._owner = weakref.ref(model)
+        self._device: torch.device = model.device
+        self._heads = config.num_attention_heads
+        self.rows, self.capacity = rows, capacity_for(columns)
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, self.capacity, config.head_dim)
+        self._keys = torch.zeros(shape, dtype=model.dtype, device=self._device)
+        self._values = torch.zeros_like(self._keys)
+        self._tokens, self._positions, self._first = (
+            torch.zeros(rows, dtype=torch.int64, device=self._device) for _ in range(3)
+        )
+        self._column = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._length = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def prompt_layers(self, columns: int) -> list[Any]:
+        """Layers for a cache of transformers, which put keys and values of a prompt of `columns` where they stay."""
+        if columns > self.capacity:
+            self._grow(capacity_for(columns))
+        return [_PromptLayer(*layer) for layer in zip(self._keys, self._values, strict=True)]
+
+    @torch.no_grad()
+    def start(self, columns: int, mask: Tensor | None) -> None:
+        """Go on after a prompt that was computed with `prompt_layers`.
+
+        Args:
+            columns: of the prompt.
+            mask: [rows, columns], 0 where a column is padding, which is on the left; None if none is.
+        """
+        self._length = columns
+        self._column.fill_(columns - 1)
+        if mask is None:
+            self._first.zero_()
+        else:
+            self._first.copy_(mask.shape[1] - mask.sum(-1))
+        torch.sub(self._column, self._first, out=self._positions)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The next tokens int64 [rows] -> logits [rows, vocabulary], which the next call overwrites."""
+        if self._length == self.capacity:
+            self._grow(2 * self.capacity)  # seldom, since it is recorded anew
+        self._length += 1
+        self._tokens.copy_(tokens)
+        if self._device.type != "cuda":
+            return self._compute(self._length)
+        if self._graph is None:
+            self._record()
+        assert self._graph is not None
+        assert self._logits is not None
+        self._graph.replay()
+        return self._logits
+
+    @torch.inference_mode(False)
+    def _grow(self, capacity: int) -> None:
+        """Room for more; what was recorded is of no use any more."""
+        self._graph = self._logits = None
+        missing = capacity - self.capacity
+        self._keys = functional.pad(self._keys, (0, 0, 0, missing))
+        self._values = functional.pad(self._values, (0, 0, 0, missing))
+        self.capacity = capacity
+
+    def _record(self) -> None:
+        """Run once, for everything to be compiled and allocated, then record; neither is to count as a token."""
+        place = self._column.clone(), self._positions.clone()
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            for _ in range(2):
+                self._compute(None)
+                self._column.copy_(place[0])
+                self._positions.copy_(place[1])
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph):
+            self._logits = self._compute(None)
+        self._graph = graph
+
+    def _compute(self, length: int | None) -> Tensor:
+        model: Any = self._owner()
+        base = model.model
+        self._column.add_(1)
+        self._positions.add_(1)
+        hidden = base.embed_tokens(self._tokens[:, None])[:, 0]
+        cos, sin = (t[:, 0] for t in base.rotary_emb(hidden, position_ids=self._positions[:, None]))
+        delta = None
+        for index, layer in enumerate(base.layers):
+            attention = layer.self_attn
+            cache = decoding.Cache(self._keys[index], self._values[index], self._first, self._column, length)
+            x = _norm(layer.input_layernorm, hidden, delta)
+            query = decoding.rotate_and_store(_projected(attention, x), cos, sin, self._heads, cache)
+            delta = attention.o_proj(decoding.attend(query, cache, attention.scaling))
+            x = _norm(layer.post_attention_layernorm, hidden, delta)
+            delta = layer.mlp.down_proj(decoding.silu_product(layer.mlp.gate_up_proj(x)))
+        logits: Tensor = model.lm_head(_norm(base.norm, hidden, delta))
+        return logits
+
+
+class _PromptLayer(DynamicLayer):
+    """A layer of a cache that holds a prompt, computed at once, in memory of another.
+
+    Args:
+        keys: [rows, groups, capacity, width].
+        values: the same.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self._room = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep them; attention is to them alone."""
+        length = key_states.shape[2]
+        self.keys, self.values = (room[:, :, :length] for room in self._room)
+        self.keys.copy_(key_states)
+        self.values.copy_(value_states)
+        self.is_initialized = True
+        return key_states, value_states
+
+
+def why_not(model: Any) -> str | None:
+    """Why `DecodeStep` cannot be used for a model, as the end of a sentence; None where it can."""
+    if not isinstance(model, GlmForCausalLM):
+        return f"it is for ChatGLM2, ChatGLM3 and GLM-4-9B, and this is {type(model).__name__}"
+    if len({parameter.device for parameter in model.parameters()}) != 1 or hasattr(model, "hf_device_map"):
+        return "the model is spread over devices"
+    if model.training:
+        return "the model is in training mode"
+    if model.config.hidden_act != "silu":
+        return f"its activation function is {model.config.hidden_act}"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "there are hooks on it"
+    if any(not isinstance(layer.self_attn, GlmAttention) for layer in model.model.layers):
+        return "its attention has been replaced"
+    return None
+
+
+def capacity_for(columns: int) -> int:
+    """Columns of a cache in which there is room for so many."""
+    return -(-columns // _UNIT) * _UNIT
+
+
+def _norm(norm: Any, hidden: Tensor, delta: Tensor | None) -> Tensor:
+    return decoding.rms_norm(hidden, norm.weight, norm.variance_epsilon, delta)
+
+
+def _projected(attention: Any, x: Tensor) -> Tensor:
+    """q, k and v side by side, in one product where they are side by side in memory."""
+    found = joined(attention)
+    if found is None:
+        return torch.cat((attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)), dim=-1)
+    weight, bits = found.weight, attention.q_proj.scheme.bits
+    return ops.linear(x, weight.packed, weight.scale, weight.zero_point, found.bias, bits)
