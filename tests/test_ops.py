@@ -161,12 +161,14 @@ def test_the_choice_explains_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.explain(ops.Request.of(one, tensor.scale, None, 4)) == "fast: used"
 
 
-def test_the_compiled_kernel_is_for_few_rows() -> None:
+def test_what_the_compiled_kernels_object_to() -> None:
     def asked(rows: int, **changes: object) -> str | None:
         x = torch.empty(rows, 64, dtype=torch.bfloat16)
         request = ops.Request.of(x, torch.empty(16, 2), None, 4)
-        return choice.IMPLEMENTATIONS[0].objection(replace(request, **changes))  # type: ignore[arg-type]
+        return choice.IMPLEMENTATIONS[1].objection(replace(request, **changes))  # type: ignore[arg-type]
 
     assert asked(1) == _native.why_not()
-    assert "100 rows" in str(asked(100))
+    assert "1 rows wait" in str(
+        choice.IMPLEMENTATIONS[0].objection(ops.Request("cpu", torch.half, 1, 64, 32, 4, True))
+    )
     assert "cuda" in str(asked(1, device="cuda"))
