@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,6 +28,7 @@ from .plan import Plan, make_plan
 from .recipe import Recipe, show_size
 
 if TYPE_CHECKING:
+    from ._calibrate import CalibrationText
     from ._device import Gpu
     from ._quantize import Task, TaskResult
     from ._sensitivity import Measurement
@@ -145,14 +146,19 @@ def convert(
     if opened.remote is not None:  # now that its vocabulary is here, which a GGUF file begins with
         plan = make_plan(opened.source, plan.recipe)
     files = sidecar_files(opened.folder, opened.source.config, plan)
-    with OutputFolder(folder, _digest(plan, opened), resume=resume, force=force) as output:
+    text = _calibration_text(plan, opened)
+    summary = dict(text.summary) if text is not None else None
+    with OutputFolder(folder, _digest(plan, opened, summary), resume=resume, force=force) as output:
         finished = _whole_shards(output, plan)
-        fetched = opened.keep_in(None if keep_source else output.fetched)
-        _check_room(plan, finished, output.partial, fetched)
+        beside = opened.keep_in(None if keep_source else output.fetched)
+        if text is not None:
+            activations = 4 * text.ids.numel() * plan.dims.hidden
+            beside += plan.nbytes + 2 * activations  # old and new ones
+        _check_room(plan, finished, output.partial, beside)
         # Hashing comes first: it has the second in which torch is loaded to itself.
         with opened.fetching(), BackgroundHasher(opened.source.files) as hasher, tuned_for_blocks():
             hashes, entries, hints = _write_weights(
-                plan, opened, output, finished, device, workers or cores(), hasher, progress
+                plan, opened, output, finished, device, workers or cores(), hasher, progress, text
             )
             source_files = {**opened.remote_files, **hasher.result()}
         from . import _verify
@@ -163,7 +169,7 @@ def convert(
             files["model.safetensors.index.json"] = index = to_json(_index(plan))
             write_synced(output.partial / "model.safetensors.index.json", index)
         _verify.check_written(output.partial, plan)
-        report = build_report(plan, opened, source_files, hashes, files, entries)
+        report = build_report(plan, opened, source_files, hashes, files, entries, summary)
         write_synced(output.partial / REPORT, to_json(report))
         write_synced(output.partial / CARD, folder_card(output.partial))
         output.commit()
@@ -179,13 +185,16 @@ def _write_weights(
     workers: int,
     hasher: BackgroundHasher,
     progress: Progress | None,
+    text: CalibrationText | None,
 ) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
     """Quantize and write every shard that is not finished; returns hashes by file, report entries by item, hints."""
+    import torch
+
     from . import _device, _quantize, quantizers
 
     gpu, idle = _device.find_gpu(device) if plan.recipe.method else (None, None)
     fmt = formats.of(plan.recipe)
-    quantizer = quantizers.get(plan.recipe.method) if plan.recipe.method else None
+    quantizer = quantizers.data_free(plan.recipe.method) if plan.recipe.method else None
     shard_of = {tensor.name: shard for shard in plan.shards for tensor in shard.tensors}
     entries: dict[str, Any] = {}
     by_shard: dict[str, dict[str, Any]] = {shard.file: {} for shard in plan.shards}
@@ -217,10 +226,23 @@ def _write_weights(
             )
         )
     shards = _SourceShards(opened.source, todo)
+    prepared: Iterable[Task] = todo
+    if text is not None:
+        from ._calibrate import Calibrator
+
+        prepared = Calibrator(
+            opened,
+            plan,
+            text,
+            quantizers.get(str(plan.recipe.method)),
+            gpu.device if gpu else torch.device("cpu"),
+            output.calibrated,
+            lambda name: progress(done, plan.source_nbytes, name) if progress else None,
+        ).prepared(todo)
     error = _quantize.ItemError()
     try:
         for task, result in _in_order(
-            todo,
+            prepared,
             workers,
             lambda t: _quantize.run(t, opened.source, quantizer, fmt, gpu),
             opened.stop_fetching,
@@ -279,7 +301,7 @@ class _SourceShards:
 
 
 def _in_order(
-    todo: list[Task], workers: int, work: Callable[[Task], TaskResult], abandon: Callable[[], None]
+    todo: Iterable[Task], workers: int, work: Callable[[Task], TaskResult], abandon: Callable[[], None]
 ) -> Iterator[tuple[Task, TaskResult]]:
     """Results of `work` in the order of `todo`, a few tasks ahead of the caller; without threads for one worker.
 
@@ -308,10 +330,20 @@ def _in_order(
                 future.cancel()
 
 
-def _digest(plan: Plan, opened: OpenedSource) -> str:
+def _calibration_text(plan: Plan, opened: OpenedSource) -> CalibrationText | None:
+    if plan.recipe.calibration is None:
+        return None
+    from ._calibrate import calibration_text
+
+    return calibration_text(plan.recipe.calibration, opened.folder, plan.dims.context)
+
+
+def _digest(plan: Plan, opened: OpenedSource, calibration: dict[str, Any] | None) -> str:
     """Identifies what would be written, so that nothing else is resumed."""
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in opened.source.files]
-    return plan.digest(__version__, version("torch"), repr(state), *map(repr, opened.remote_files.items()))
+    return plan.digest(
+        __version__, version("torch"), repr(state), *map(repr, opened.remote_files.items()), repr(calibration)
+    )
 
 
 def _whole_shards(output: OutputFolder, plan: Plan) -> dict[str, Any]:
@@ -343,8 +375,8 @@ def _check_places(opened: OpenedSource, out: Path) -> None:
             raise OutputError(f"the {what} {folder} is inside OUT {out}; choose another OUT.")
 
 
-def _check_room(plan: Plan, finished: dict[str, Any], folder: Path, fetched: int) -> None:
-    needed = fetched + sum(shard.nbytes for shard in plan.shards if shard.file not in finished)
+def _check_room(plan: Plan, finished: dict[str, Any], folder: Path, beside: int) -> None:
+    needed = beside + sum(shard.nbytes for shard in plan.shards if shard.file not in finished)
     # Not counting on what half-written files take: they are gone by now.
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -91,14 +91,14 @@ def fitted(
     workload = Workload(fit.context, fit.batch)
     dtype = families.stated_dtype(opened.source.config)
     method = str(alike.method)
-    measured = measurement or saved_measurement(opened, method)
+    measured = measurement or saved_measurement(opened, method, alike.calibration)
     if measured is None:
         if opened.remote is not None and opened.remote.missing_bytes and not keep_source:
             raise UsageError(
                 "--fit measures every layer before it converts, which would fetch this model twice; add --keep-source, "
                 "or give what was measured before (--measurement FILE)."
             )
-        measured = measure_opened(opened, method, progress)
+        measured = measure_opened(opened, method, progress, alike.calibration)
     measured.check(opened.source, method)
     options = [_options(unit, dtype, fmt) for unit in measured.units]
 

@@ -34,6 +34,8 @@ class Task:
     item: Item
     start: int
     stop: int
+    ready: QuantizedTensor | None = None
+    """what these rows have been quantized to already, by calibration"""
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +80,10 @@ def run(
             if item.scheme is None:
                 return TaskResult({item.name: _copied(rows, item)})
             assert quantizer is not None
+            if task.ready is not None:
+                result = TaskResult({})
+                result.rows = _encoded(rows, task.ready, item, item.scheme, fmt, result)
+                return result
             return _quantized(rows, item, item.scheme, quantizer, fmt, gpu)
         except QuantizationError as error:
             raise QuantizationError(

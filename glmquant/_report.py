@@ -38,6 +38,7 @@ def build_report(
     hashes: Mapping[str, str],
     sidecars: Mapping[str, bytes],
     entries: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Put the report together; `relative_error` is ``||w - w'|| / ||w||`` (Frobenius) throughout."""
     quantized = {name: e["relative_error"] for name, e in entries.items() if e["scheme"]}
@@ -61,6 +62,7 @@ def build_report(
         "model": plan.model,
         "family": plan.family,
         "recipe": plan.recipe.to_json(),
+        **({} if calibration is None else {"calibration": calibration}),
         "source": {
             "stored_as": opened.stored_as.name,
             "adapter": opened.adapter is not None,

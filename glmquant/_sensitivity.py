@@ -1,9 +1,11 @@
 """How much each linear layer suffers under each scheme, measured once and kept: `measure`.
 
-Data-free. The damage of a scheme is the relative squared error of the layer's *output*, ``E|(W - W')x|^2 / E|Wx|^2``,
-for inputs whose channels are uncorrelated. Then it is ``sum_j s_j |w_j - w'_j|^2 / sum_j s_j |w_j|^2`` over the columns
-j of the weight, s_j being the mean square of channel j. Behind a norm, s_j is the square of its gain (and of its bias):
-normalized values have mean square 1. Elsewhere nothing is known without data, and s_j is 1.
+Data-free, unless the method is a calibrated one. The damage of a scheme is the relative squared error of the layer's
+*output*, ``E|(W - W')x|^2 / E|Wx|^2``, for inputs whose channels are uncorrelated. Then it is
+``sum_j s_j |w_j - w'_j|^2 / sum_j s_j |w_j|^2`` over the columns j of the weight, s_j being the mean square of channel
+j. Behind a norm, s_j is the square of its gain (and of its bias): normalized values have mean square 1. Elsewhere
+nothing is known without data, and s_j is 1. For calibrated methods s_j is what the text makes it, in the model as it
+is; the errors are those of `mse`, which such methods lower about evenly.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import families, formats
 from ._folders import cache_folder
 from ._open import OpenedSource, PathLike, open_source
+from ._windows import CALIBRATION_SAMPLE, read_text
 from ._workers import cores, tuned_for_blocks
 from .checkpoint.source import TORCH_NAMES, TensorSource
 from .errors import QuantizationError, SourceError, UsageError
 from .families import LinearUnit, TensorSpec
 from .formats.base import ROW
-from .recipe import Group
+from .recipe import CALIBRATED, RANDOM, Calibration, Group
 from .scheme import Scheme
 
 if TYPE_CHECKING:
@@ -168,11 +171,23 @@ def kinds(method: str) -> tuple[Kind, ...]:
     )
 
 
-def measure(source: PathLike, method: str = "mse", *, progress: Progress | None = None) -> Measurement:
+def measure(
+    source: PathLike,
+    method: str = "mse",
+    *,
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
+) -> Measurement:
     """Measure how much every linear layer of `source` suffers under every scheme; see the module.
 
     Looks at 256 evenly spaced rows of each weight. The result is kept in the user's cache folder and found again
     as long as the files do not change. Weights on a hub are fetched, and stay in the cache of the hub's own client.
+
+    Args:
+        source: see `glmquant.convert`.
+        method: see `glmquant.Recipe`.
+        calibration: the text for a calibrated method; None is the bundled sample.
+        progress: called with layers done, layers in all, and the name of the last one.
 
     Raises:
         SourceError: see `glmquant.convert`.
@@ -181,19 +196,24 @@ def measure(source: PathLike, method: str = "mse", *, progress: Progress | None 
     """
     opened = open_source(source)
     try:
-        return measure_opened(opened, method, progress)
+        return measure_opened(opened, method, progress, calibration)
     finally:
         opened.stop_fetching()
 
 
-def measure_opened(opened: OpenedSource, method: str, progress: Progress | None = None) -> Measurement:
+def measure_opened(
+    opened: OpenedSource,
+    method: str,
+    progress: Progress | None = None,
+    calibration: Calibration | None = None,
+) -> Measurement:
     """See `measure`."""
-    kept = _kept_at(opened, method)
+    kept = _kept_at(opened, method, calibration)
     found = _read(kept)
     if found is None:
         opened.keep_in(None)
         try:
-            found = Measurement(method, tuple(_measured(opened, method, progress)))
+            found = Measurement(method, tuple(_measured(opened, method, progress, calibration)))
         except BaseException:
             opened.stop_fetching()  # workers wait for it
             raise
@@ -201,18 +221,25 @@ def measure_opened(opened: OpenedSource, method: str, progress: Progress | None 
     return found
 
 
-def saved_measurement(opened: OpenedSource, method: str = "mse") -> Measurement | None:
+def saved_measurement(
+    opened: OpenedSource, method: str = "mse", calibration: Calibration | None = None
+) -> Measurement | None:
     """What an earlier `measure` found, or None."""
-    return _read(_kept_at(opened, method))
+    return _read(_kept_at(opened, method, calibration))
 
 
-def _kept_at(opened: OpenedSource, method: str) -> Path:
+def _kept_at(opened: OpenedSource, method: str, calibration: Calibration | None) -> Path:
     state: list[tuple[object, ...]] = [
         (str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in opened.source.files
     ]
     config = json.dumps(opened.source.config, sort_keys=True)
     state += [(name, file["bytes"], file["sha256"]) for name, file in opened.remote_files.items()]
     key = repr((_VERSION, _ROWS, kinds(method), method, state, config))
+    if method in CALIBRATED:
+        given = calibration or Calibration()
+        random = given.text == RANDOM
+        text = "" if random else read_text(given.text, sample=CALIBRATION_SAMPLE)
+        key += repr((random, hashlib.sha256(text.encode()).hexdigest(), given.windows, given.window))
     return cache_folder("measured") / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
@@ -223,11 +250,19 @@ def _read(path: Path) -> Measurement | None:
         return None  # absent, or damaged: it is measured again
 
 
-def _measured(opened: OpenedSource, method: str, progress: Progress | None) -> Iterator[Unit]:
+def _measured(
+    opened: OpenedSource, method: str, progress: Progress | None, calibration: Calibration | None
+) -> Iterator[Unit]:
     from . import quantizers
 
     source = opened.source
-    quantizer = quantizers.get(method)
+    quantizer = quantizers.data_free(method)
+    inputs: Mapping[str, torch.Tensor] = {}
+    if method in CALIBRATED:
+        from ._calibrate import mean_squares
+
+        opened.fetch_sidecars()
+        inputs = mean_squares(opened, calibration or Calibration(), progress)
     scale = TORCH_NAMES[families.stated_dtype(source.config)]
     family = families.detect(source.config)
     todo = list(family.units(family.dims(source.config)))
@@ -240,7 +275,7 @@ def _measured(opened: OpenedSource, method: str, progress: Progress | None) -> I
             )
         )
     with tuned_for_blocks(), ThreadPoolExecutor(cores(), thread_name_prefix="glmquant-measure") as pool:
-        work = pool.map(lambda unit: _measured_unit(source, quantizer, schemes, unit), todo)
+        work = pool.map(lambda unit: _measured_unit(source, quantizer, schemes, unit, inputs), todo)
         for unit in work:
             yield unit
             done += 1
@@ -259,12 +294,18 @@ def _shape(unit: LinearUnit) -> tuple[int, int]:
 
 
 def _measured_unit(
-    source: TensorSource, quantizer: Quantizer, schemes: dict[Kind, Scheme], unit: LinearUnit
+    source: TensorSource,
+    quantizer: Quantizer,
+    schemes: dict[Kind, Scheme],
+    unit: LinearUnit,
+    inputs: Mapping[str, torch.Tensor],
 ) -> Unit:
     import torch
 
     shape = _shape(unit)
-    channels = _mean_squares(source, unit.norm, shape[1])
+    channels = inputs.get(unit.tensors[0].name)
+    if channels is None:
+        channels = _mean_squares(source, unit.norm, shape[1])
     error = {kind: 0.0 for kind, s in schemes.items() if s.group_size is None or shape[1] % s.group_size == 0}
     total = 0.0
     for spec in unit.tensors:

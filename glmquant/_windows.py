@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLE = "wikitext-2-sample.txt"
-"""The bundled text; see glmquant/data/README.md."""
+"""The bundled text for evaluation; see glmquant/data/README.md."""
+CALIBRATION_SAMPLE = "calibration-sample.txt"
+"""And that for calibration, which shares no article with it."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,19 @@ class Windows:
     scored: int
 
 
-def read_text(path: PathLike | None, second_half: bool = False) -> str:
-    """A text file, or the bundled sample for None.
+def read_text(path: PathLike | None, second_half: bool = False, sample: str = SAMPLE) -> str:
+    """A text file, or a bundled sample for None.
 
     Args:
         path: UTF-8.
         second_half: only what follows the middle, for a file whose first half has served for calibration.
+        sample: which one.
 
     Raises:
         SourceError: it cannot be read, or holds no text.
     """
     if path is None:
-        text = (resources.files("glmquant") / "data" / SAMPLE).read_text(encoding="utf-8")
+        text = (resources.files("glmquant") / "data" / sample).read_text(encoding="utf-8")
     else:
         try:
             text = Path(path).expanduser().read_text(encoding="utf-8-sig")

@@ -25,7 +25,7 @@ from ._recipes_cli import recipes
 from ._terminal import endpoint_option, json_option, print_rows, progress_bar
 from ._version import __version__
 from .errors import GlmquantError, UsageError
-from .recipe import Fit, Recipe, parse_size, show_size
+from .recipe import CALIBRATED, Calibration, Fit, Recipe, parse_size, show_size
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -190,7 +190,21 @@ def inspect(ref: str, as_json: bool) -> None:
     "--symmetric/--asymmetric", default=True, help="Without or with zero points.  [default: symmetric]"
 )
 @click.option(
-    "--method", type=click.Choice(["rtn", "mse", "thudm"]), help="Default: the best one for the format."
+    "--method",
+    type=click.Choice(["rtn", "mse", "hqq", "thudm", *CALIBRATED]),
+    help="Default: the best one for the format that needs no calibration.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(),
+    metavar="FILE",
+    help=f"Text for --method {' and '.join(CALIBRATED)}, or 'random'.  [default: an English and Chinese sample]",
+)
+@click.option(
+    "--calibration-windows",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Pieces of 512 tokens to calibrate with.  [default: 64]",
 )
 @click.option(
     "--format",
@@ -245,6 +259,8 @@ def convert(
     group_size: Any,
     symmetric: bool,
     method: str | None,
+    calibration: str | None,
+    calibration_windows: int | None,
     format_: str | None,
     gguf_type: str | None,
     double_quant: bool,
@@ -271,6 +287,7 @@ def convert(
     \b
     glmquant convert chatglm3-6b out                                 INT4, groups of 128, for transformers and vLLM
     glmquant convert chatglm3-6b out --bits 8                        INT8
+    glmquant convert chatglm3-6b out --method gptq                   the best INT4, calibrated on text; takes longer
     glmquant convert chatglm-6b out --format cpm                     THUDM's own INT4, byte for byte
     glmquant convert chatglm3-6b out --gguf-type q4_0                for llama.cpp
     glmquant convert chatglm3-6b out --bits 16                       only make it load without remote code
@@ -293,6 +310,7 @@ def convert(
         group_size=group_size,
         symmetric=symmetric,
         method=method,
+        calibration=_calibration(calibration, calibration_windows),
         format=format_,
         layout=layout,
         quantize_head=quantize_head,
@@ -353,6 +371,12 @@ def convert(
         error = f"{summary['mean_relative_error']:.4f} mean, {summary['worst_relative_error']:.4f} worst"
         rows.append(("error", f"{error} ({summary['worst_tensor']})"))
     return print_rows(rows)
+
+
+def _calibration(text: str | None, windows: int | None) -> Calibration | None:
+    if text is None and windows is None:
+        return None
+    return Calibration(text) if windows is None else Calibration(text, windows)
 
 
 @main.command()

@@ -22,7 +22,7 @@ from .checkpoint.source import ITEM_SIZES, TensorInfo, TensorSource
 from .errors import SourceError, UsageError
 from .families import Dims, Family, LayoutTensor, Role
 from .formats import Format, ModelFacts
-from .recipe import Recipe
+from .recipe import CALIBRATED, Calibration, Recipe
 from .scheme import Scheme
 
 _WEIGHT_DTYPES = ("F16", "BF16", "F32")
@@ -196,7 +196,21 @@ def resolve_recipe(recipe: Recipe, family: Family) -> tuple[Recipe, Format]:
         group = fmt.default_group(recipe)
     if method == "thudm" and (group != "row" or not recipe.symmetric):
         raise UsageError("--method thudm is per row and symmetric; use --method mse or rtn for groups.")
-    return replace(recipe, group_size=group, method=method, format=name, layout=layout), fmt
+    if method == "hqq" and recipe.symmetric:
+        raise UsageError(
+            "--method hqq chooses zero points, and without --asymmetric there are none; use --method mse."
+        )
+    calibration = recipe.calibration
+    if method in CALIBRATED:
+        calibration = calibration or Calibration()
+    elif calibration is not None:
+        raise UsageError(
+            f"--calibration does nothing for --method {method}; use --method {' or '.join(CALIBRATED)}."
+        )
+    resolved = replace(
+        recipe, group_size=group, method=method, format=name, layout=layout, calibration=calibration
+    )
+    return resolved, fmt
 
 
 def _default_format(family: Family) -> str:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UsageError
@@ -46,7 +47,7 @@ def scheme_name(bits: int, group: Group | None) -> str:
 
 
 # Fields of a recipe that most recipes have no use for.
-_OPTIONAL = ("fit", "gptq_version", "double_quant", "activations")
+_OPTIONAL = ("fit", "gptq_version", "double_quant", "activations", "calibration")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,31 @@ class Fit:
         return {name: choice for choice in self.choices for name in choice.tensors}
 
 
+CALIBRATED = ("gptq", "weighted-mse")
+"""Methods that look at what text does to the inputs of layers."""
+RANDOM = "random"
+"""In place of a text to calibrate with: tokens drawn evenly from the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that a calibrated method looks at.
+
+    Args:
+        text: UTF-8 file; None is a bundled sample, English and Chinese; `RANDOM` is no text at all, but random tokens.
+        windows: how many pieces of it, spread evenly.
+        window: tokens in each.
+    """
+
+    text: str | None = None
+    windows: int = 64
+    window: int = 512
+
+    def __post_init__(self) -> None:
+        if self.windows < 1 or self.window < 1:
+            raise UsageError("calibration needs at least one window of one token.")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a conversion should do; None leaves the choice to the format (see `glmquant.formats`).
@@ -113,7 +139,7 @@ class Recipe:
         bits: 4, 8, or 16 for a change of layout only.
         group_size: columns that share a scale, or ``"row"``.
         symmetric: no zero points.
-        method: ``rtn``, ``mse`` or ``thudm``.
+        method: see `glmquant.quantizers`.
         format: ``compressed-tensors``, ``cpm``, ``gptq``, ... (see `glmquant.formats`).
         layout: ``native`` (transformers' names, no remote code) or ``original`` (THUDM's names).
         quantize_head: the output head in 8 bit instead of 16.
@@ -123,6 +149,7 @@ class Recipe:
         gptq_version: of GPTQ's checkpoint format, 1 or 2; for ``gptq`` only.
         double_quant: bitsandbytes' nf4 with its scales quantized too.
         activations: 8 for W8A8: engines round activations to 8 bits too, token by token.
+        calibration: for the methods in `CALIBRATED`; None is the bundled sample.
         max_shard_size: upper limit of a file in bytes (a single tensor may exceed it).
     """
 
@@ -139,6 +166,7 @@ class Recipe:
     double_quant: bool = False
     activations: int | None = None
     fit: Fit | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8, 16):
@@ -151,6 +179,8 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what belongs to one format or budget is there where it was asked for."""
         values = asdict(self)
+        if self.calibration is not None and self.calibration.text is not None:
+            values["calibration"]["text"] = Path(self.calibration.text).name  # not where it lies
         return {
             key: value for key, value in values.items() if key not in _OPTIONAL or value not in (None, False)
         }

@@ -56,7 +56,7 @@ def is_allowed(model: str, r: Recipe) -> bool:
             not first
             and r.group_size in (None, 32, 64, 128, "row")
             and (r.symmetric or r.bits == 4)
-            and r.method in (None, "mse", "rtn")
+            and (r.method in (None, "mse", "rtn", "gptq") or (r.method == "hqq" and not r.symmetric))
             and (r.layout in (None, "native") or not native_only)
         )
     if fmt in ("gptq", "bitsandbytes", "gguf") and first:
@@ -64,6 +64,7 @@ def is_allowed(model: str, r: Recipe) -> bool:
     ends = r.quantize_head or r.quantize_embeddings
     ours = r.method in (None, "mse", "rtn")
     if fmt == "gptq":
+        ours = ours or r.method == "gptq"
         layout = r.layout in (None, "native") or not native_only
         return r.group_size in (None, 32, 64, 128, "row") and r.symmetric and ours and layout and not ends
     if fmt == "bitsandbytes":
@@ -79,6 +80,7 @@ def is_allowed(model: str, r: Recipe) -> bool:
             not native_only
             and r.group_size in (None, "row")
             and r.symmetric
+            and r.method != "hqq"
             and r.layout in (None, "original")
             and (first or not r.quantize_embeddings)
             and (r.quantize_embeddings or not r.quantize_head)
@@ -91,7 +93,7 @@ def every_recipe() -> Iterator[Recipe]:
         (4, 8, 16),
         (None, 32, "row", 48),
         (True, False),
-        (None, "rtn", "mse", "thudm"),
+        (None, "rtn", "mse", "hqq", "gptq", "thudm"),
         (None, "compressed-tensors", "cpm", "gptq", "bitsandbytes", "gguf", "safetensors"),
         (None, "native", "original"),
         (False, True),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _JOURNAL = ".glmquant-journal.json"
 _LOCK = ".glmquant-lock"
 _FETCHED = ".glmquant-source"
+_CALIBRATED = ".glmquant-calibrated"
 REPORT = "quantization_report.json"
 CARD = "README.md"
 EVALUATION = "evaluation.json"
@@ -48,6 +49,7 @@ class OutputFolder:
         partial: where to write until `commit`.
         finished: journal entries of the shards that an earlier run finished, by file name.
         fetched: where files of the source may be kept; what is there is resumed like everything else.
+        calibrated: where calibration may keep the blocks that it is done with; the same.
     """
 
     def __init__(self, out: Path, digest: str, *, resume: bool = False, force: bool = False) -> None:
@@ -55,6 +57,7 @@ class OutputFolder:
         self.out = out = out.resolve() if out.is_symlink() else out
         self.partial = out.with_name(out.name + ".partial")
         self.fetched = self.partial / _FETCHED
+        self.calibrated = self.partial / _CALIBRATED
         self.finished: dict[str, Any] = {}
         self._digest, self._resume, self._force = digest, resume, force
         self._lock = FileLock(self.partial / _LOCK)
@@ -79,7 +82,8 @@ class OutputFolder:
             raise
         try:
             _empty(
-                self.partial, keep={_LOCK, _JOURNAL, *self.finished, *([_FETCHED] if self._resume else [])}
+                self.partial,
+                keep={_LOCK, _JOURNAL, *self.finished, *([_FETCHED, _CALIBRATED] if self._resume else [])},
             )
             self._write_journal()
         except BaseException as error:
@@ -101,8 +105,13 @@ class OutputFolder:
         self._lock.release()
 
     def _worth_resuming(self, error: BaseException | None) -> bool:
-        """Whether files of the source were fetched, and it is not for what is in them that the run has ended."""
-        return self.fetched.exists() and (isinstance(error, HubError) or not isinstance(error, Exception))
+        """Whether files of the source were fetched or blocks calibrated, and it is not for what is in them that the
+        run has ended.
+        """
+        if self.calibrated.exists() and isinstance(error, OutputError):
+            return True  # hours of work, and the disk is full
+        begun = self.fetched.exists() or self.calibrated.exists()
+        return begun and (isinstance(error, HubError) or not isinstance(error, Exception))
 
     def _check_partial(self) -> None:
         """Refuse a folder of that name that no glmquant left behind: it is about to be emptied."""
@@ -161,6 +170,7 @@ class OutputFolder:
             if replacing:
                 check_out(self.out, force=self._force)
             (self.partial / _JOURNAL).unlink()
+            shutil.rmtree(self.calibrated, ignore_errors=True)
             _sync_folder(self.partial)
             if replacing:
                 old = _exchange(self.partial, self.out)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.sink import StoredTensor
 from ..errors import SourceError, UsageError
 from ..families import Role, stated_dtype
-from ..recipe import Group, Recipe
+from ..recipe import CALIBRATED, Group, Recipe
 from ..scheme import QuantizedTensor, Scheme
 from .base import ROW, Abilities, FormatBase, StoredWeight, refuse_quantized_ends
 
@@ -42,7 +42,7 @@ class CompressedTensors(FormatBase):
     abilities = Abilities(
         bits=(4, 8),
         groups=(128, 64, 32, "row"),
-        methods=("mse", "rtn"),
+        methods=("mse", "rtn", "hqq", *CALIBRATED),
         layouts=("native", "original"),
         asymmetric_bits=(4,),
         runtimes=("glmquant", "transformers", "vllm"),

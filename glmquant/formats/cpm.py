@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.sink import StoredTensor
 from ..errors import SourceError, UsageError
 from ..families import Role
-from ..recipe import Recipe
+from ..recipe import CALIBRATED, Recipe
 from ..scheme import QuantizedTensor, Scheme
 from .base import Abilities, FormatBase, StoredWeight, resolve_scheme
 
@@ -34,7 +34,7 @@ class Cpm(FormatBase):
     abilities = Abilities(
         bits=(4, 8),
         groups=("row",),
-        methods=("thudm", "mse", "rtn"),
+        methods=("thudm", "mse", "rtn", *CALIBRATED),
         layouts=("original",),
         tied_head=True,
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.sink import StoredTensor
 from ..errors import QuantizedSourceError, SourceError, UsageError
 from ..families import Role
-from ..recipe import Recipe
+from ..recipe import CALIBRATED, Recipe
 from ..scheme import QuantizedTensor, Scheme
 from .base import Abilities, FormatBase, StoredWeight, refuse_quantized_ends
 
@@ -45,7 +45,7 @@ class Gptq(FormatBase):
     abilities = Abilities(
         bits=(4, 8),
         groups=(128, 64, 32, "row"),
-        methods=("mse", "rtn"),
+        methods=("mse", "rtn", *CALIBRATED),
         layouts=("native", "original"),
         runtimes=("glmquant", "vllm"),
     )

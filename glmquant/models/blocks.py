@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -63,24 +62,44 @@ class BlockwiseModel:
         Raises:
             ModelError: numbers that are none came out of a block.
         """
-        base = self._model.base_model
+        states, options = self.embedded(windows)
+        done("embedding")
+        for number in range(self._checkpoint.dims.layers):
+            with self.layer(number) as block:
+                for index, state in enumerate(states):
+                    states[index] = block(state, **options)
+            self.check(states, f"layer {number}")
+            done(f"layer {number}")
+        base, ends = self._model.base_model, (Role.EMBEDDING, Role.HEAD)
         norm = base.norm if hasattr(base, "norm") else base.final_layernorm
-        specs = [s for s in self._checkpoint.present() if s.role is not Role.HEAD]
-        layered = groupby(specs, key=lambda spec: spec.layer)
-        _, embedding = next(layered)
-        with self._filled(embedding):
+        with self._filled(s for s in self._checkpoint.present() if s.layer is None and s.role not in ends):
+            states = [norm(state) for state in states]
+        self.check(states, "the last norm")
+        done("the last norm")
+        return [state[0] for state in states]
+
+    @torch.no_grad()
+    def embedded(self, windows: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
+        """What the first layer is given: for each window [1, length, hidden], and the options of every layer."""
+        with self._filled(s for s in self._checkpoint.present() if s.role is Role.EMBEDDING):
             states, options = self._embed(windows)
         self.check(states, "the embedding")
-        done("embedding")
-        for layer, of_layer in layered:
-            name = "the last norm" if layer is None else f"layer {layer}"
-            block = norm if layer is None else base.layers[layer]
-            with self._filled(of_layer):
-                for index, state in enumerate(states):
-                    states[index] = block(state) if layer is None else block(state, **options)
-            self.check(states, name)
-            done(name)
-        return [state[0] for state in states]
+        return states, options
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[nn.Module]:
+        """A transformer block, in memory inside of the ``with``."""
+        with self._filled(s for s in self._checkpoint.present() if s.layer == number):
+            yield self._model.base_model.layers[number]
+
+    def path(self, block: nn.Module) -> str:
+        """The name of a module in the model."""
+        return str(next(path for path, module in self._model.named_modules() if module is block))
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter of what is in memory, to be written to."""
+        found: Tensor = self._model.get_parameter(name).data
+        return found
 
     @contextmanager
     @torch.no_grad()
