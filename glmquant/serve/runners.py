@@ -122,7 +122,7 @@ class _Layout:
             self._bounds.append((piece.slot, first, first + count, piece.start + count))
             self._masks.append(_causal(count, piece.start, device) if count > 1 and piece.start else None)
         self._slots, self.positions, self.wanted = (
-            torch.tensor(values, device=device) for values in (slots, positions, wanted)
+            torch.tensor(rows, dtype=torch.long, device=device) for rows in (slots, positions, wanted)
         )
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
