@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -117,4 +118,5 @@ def serve(
         f"listening on http://{address}:{bound.getsockname()[1]}"
     )
     Server(config, service.engine, timeout).run(sockets=[bound])
-    service.engine.stop(timeout=5)
+    if not service.engine.stop(timeout=5):
+        os._exit(0)  # a thread inside of torch while Python goes down would abort the process

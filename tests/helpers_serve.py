@@ -76,6 +76,9 @@ class Script:
         self._texts: dict[int, list[int]] = {}
         self._answers: dict[int, tuple[int, Sequence[int]]] = {}
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        raise NotImplementedError
+
     def step(self, pieces: Sequence[Piece]) -> Tensor:
         self.gate.wait()
         time.sleep(self.delay)

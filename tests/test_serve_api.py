@@ -96,9 +96,7 @@ def test_all_of_a_conversation_reaches_the_model(client: httpx.Client) -> None:
         {"role": "user", "content": "four"},
     ]
     content = client.post(CHAT, json={"messages": messages}).json()["choices"][0]["message"]["content"]
-    assert content == (
-        "[gMASK]sop<|system|> | Be brief.<|user|> | one two<A> | three<|user|> | four<A>"
-    )
+    assert content == ("[gMASK]sop<|system|> | Be brief.<|user|> | one two<A> | three<|user|> | four<A>")
 
 
 def test_text_that_spells_a_role_is_text(address: str) -> None:

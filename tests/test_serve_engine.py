@@ -121,6 +121,21 @@ def test_what_a_slot_holds_is_used_again() -> None:
     assert third.text == alone(judge, changed)
 
 
+def test_a_beginning_that_others_have_is_copied() -> None:
+    """From a slot that is answering, too; and a conversation keeps its slot while another is free."""
+    model, ids = random_model("glm"), prompts(1, seed=5)[0]
+    asked = [[*ids, *more] for more in prompts(3, seed=6)]
+    wanted = [alone(model, each) for each in asked]
+    with running(SlotRunner(model, 3, 250, 32)) as engine:
+        job, first = ask(engine, [*ids, 1, 2], 100)
+        while not first.updates:
+            time.sleep(0.001)
+        heard = [ask(engine, each)[1].last() for each in asked]
+        engine.cancel(job)
+    assert [each.reused for each in heard] == [len(ids)] * 3
+    assert [each.text for each in heard] == wanted
+
+
 def test_chatglm_6b_is_served_one_at_a_time() -> None:
     prompt = prompt_for(tokenizer_of("chatglm-6b"))
     model = tiny_model("chatglm-6b")

@@ -62,7 +62,7 @@ def create_app(
     page, policy = _page()
 
     @app.get("/", response_class=HTMLResponse, responses={200: {"content": {"text/html": {}}}})
-    def chat_page() -> HTMLResponse:
+    async def chat_page() -> HTMLResponse:
         """A page to chat with the model."""
         return HTMLResponse(page, headers=policy)
 
@@ -94,7 +94,7 @@ def create_app(
         }
 
     @app.get("/health")
-    def health() -> JSONResponse:
+    async def health() -> JSONResponse:
         """Whether requests are taken."""
         engine = service.engine
         state = "failed" if engine.failed else "shutting down" if engine.draining else "ok"
@@ -102,7 +102,7 @@ def create_app(
         return JSONResponse(shown, 200 if state == "ok" else 503)
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
-    def metrics() -> Response:
+    async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 

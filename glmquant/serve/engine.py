@@ -24,7 +24,7 @@ from .sampling import Sampler, Sampling, choose
 logger = logging.getLogger(__name__)
 
 Finish = Literal["stop", "length"]
-# While others are answering, a step has this part of its tokens, so that they need not wait long for theirs.
+# While others are answering, prompts get this part of a step, so that they need not wait long for their tokens.
 _SHARED_STEP = 4
 
 
@@ -241,14 +241,15 @@ class Engine:
                 job, Update(error=ShuttingDown("the server is shutting down; ask again, elsewhere or later."))
             )
 
-    def stop(self, timeout: float | None = None) -> None:
-        """End the thread; what runs is told so."""
+    def stop(self, timeout: float | None = None) -> bool:
+        """End the thread; what runs is told so. Whether it has ended within `timeout` seconds."""
         self.drain()
         with self._lock:
             self._stopping = True
             self._lock.notify()
         if self._thread.is_alive():
             self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -295,22 +296,31 @@ class Engine:
         return True
 
     def _place(self, job: Job) -> _Sequence:
-        """A job in the free slot that has most of its beginning, else in the one not used for longest."""
-        taken = {sequence.slot for sequence in self._running}
-        reused, _, slot = max(
-            (self._common(slot, job.ids), -self._used[slot], slot)
-            for slot in range(self._runner.slots)
-            if slot not in taken
-        )
-        self._held[slot] = []
-        self.counts.reused_tokens += reused
-        return _Sequence(job, slot, reused, Transcript(self._decode))
+        """A job in a free slot, with as much of its beginning as any slot holds.
 
-    def _common(self, slot: int, ids: Sequence[int]) -> int:
-        """Tokens that a slot holds of the beginning of `ids`; at least one is left to compute."""
+        That is the slot whose conversation it continues, or else the one not used for longest, to which the
+        beginning is copied.
+        """
+        held = {sequence.slot: sequence.ids[: sequence.computed] for sequence in self._running}
+        free = [slot for slot in range(self._runner.slots) if slot not in held]
+        held |= {slot: self._held[slot] for slot in free}
+        common = {slot: self._common(ids, job.ids) for slot, ids in held.items()}
+        slot = max(
+            free,
+            key=lambda slot: (common[slot] if 2 * common[slot] > len(held[slot]) else 0, -self._used[slot]),
+        )
+        best = max(common, key=lambda slot: common[slot])
+        if common[best] > common[slot]:
+            self._runner.copy(best, slot, common[best])
+        self._held[slot] = []
+        self.counts.reused_tokens += common[best]
+        return _Sequence(job, slot, common[best], Transcript(self._decode))
+
+    def _common(self, held: Sequence[int], ids: Sequence[int]) -> int:
+        """Tokens that `held` and `ids` begin with alike; at least one of `ids` is left to compute."""
         if not self._runner.reuses:
             return 0
-        pairs = zip(self._held[slot], ids[:-1], strict=False)
+        pairs = zip(held, ids[:-1], strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def _release(self, sequence: _Sequence) -> None:
@@ -343,7 +353,7 @@ class Engine:
             return planned
         if self._runner.chunk is None:
             return planned + [(s, Piece(s.slot, s.ids, 0)) for s in newcomers]
-        room = max(1, self._runner.chunk // (_SHARED_STEP if answering else 1) - len(answering))
+        room = max(1, self._runner.chunk // (_SHARED_STEP if answering else 1))
         # The oldest has half of the room at least; the rest goes to those who need least, so that a short prompt
         # does not wait for all of a long one.
         oldest, *others = newcomers

@@ -31,12 +31,12 @@ def router(service: Service) -> APIRouter:
     }  # fmt: skip
 
     @routes.get("/models")
-    def models() -> Json:
+    async def models() -> Json:
         """The model that is served."""
         return {"object": "list", "data": [model]}
 
     @routes.get("/models/{name:path}")
-    def one_model(name: str) -> Json:
+    async def one_model(name: str) -> Json:
         """The model that is served, by its name."""
         if name != service.settings.name:
             raise ApiError(404, f"there is no model {name!r} here.", param="model", code="model_not_found")
@@ -48,7 +48,7 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         functions = body.offered
         asked = from_messages(service.prompt, body.messages, functions)
-        length = sum(len(m.text) for m in body.messages)
+        length = sum(len(m.text) for m in body.messages) + sum(len(str(f.parameters)) for f in functions)
         ids = await service.encode(length, lambda: asked.ids(service.prompt))
         service.log("asked", [m.model_dump(exclude_none=True) for m in body.messages])
         limits = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
@@ -57,12 +57,12 @@ def router(service: Service) -> APIRouter:
             seed=body.seed, stop=body.stops,
         )  # fmt: skip
         reader = AnswerReader(service.prompt, [f.name for f in functions], body.stops)
-        chat = _Chat(service, body, ticket, reader)
+        form = _Chat(service, body, ticket, reader)
         if body.stream:
             await ticket.wait()
-            return EventStream(chat.stream(), ticket)
+            return EventStream(form.stream(), ticket)
         (update,) = await unless_left(request, [ticket])
-        return JSONResponse(chat.whole(update))
+        return JSONResponse(form.whole(update))
 
     @routes.post("/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:

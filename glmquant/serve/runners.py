@@ -47,7 +47,7 @@ class Runner(Protocol):
         slots: requests at a time.
         context: tokens of each.
         chunk: tokens of a step; None where a prompt is read at once.
-        reuses: whether a slot's beginning may be kept for another request.
+        reuses: whether what a slot holds may be the beginning of another request.
     """
 
     slots: int
@@ -57,6 +57,9 @@ class Runner(Protocol):
 
     def step(self, pieces: Sequence[Piece]) -> Tensor:
         """Advance; logits [pieces that want them, vocab] in float32, in the order of the pieces."""
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Let slot `target` begin with the first `count` tokens of slot `source`."""
 
 
 class SlotRunner:
@@ -99,6 +102,11 @@ class SlotRunner:
         ).last_hidden_state[0]
         logits: Tensor = self._model.lm_head(hidden[layout.wanted])
         return logits.float()
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """See `Runner`."""
+        for cached in (*self._keys, *self._values):
+            cached[target, :, :count] = cached[source, :, :count]
 
 
 class _Layout:
@@ -219,3 +227,7 @@ class SerialRunner:
         )
         logits: Tensor = output.logits[:, -1].float()
         return logits
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """There is one slot."""
+        raise NotImplementedError

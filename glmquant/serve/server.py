@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import socket
-import threading
 import time
 from dataclasses import replace
 from types import FrameType
@@ -23,13 +22,10 @@ from ..models.loading import compute_dtype
 from ..models.placement import checked_device
 from ..prompts import Prompt, prompt_for
 from .admission import Admission, admit
-from .engine import Engine, Job, Update
+from .engine import Engine
 from .metrics import Metrics
-from .runners import Runner, SerialRunner, SlotRunner
-from .sampling import Sampling
+from .runners import Piece, Runner, SerialRunner, SlotRunner
 from .service import Service, Settings
-
-_FLUSH = 5  # seconds for the last bytes of finished answers
 
 
 def open_model(
@@ -82,23 +78,17 @@ def build(model: Any, tokenizer: Any, admission: Admission, settings: Settings, 
     decode = prompt_for(copy.deepcopy(tokenizer)).decode
     engine = Engine(runner, decode, prompt.fallback, queue, metrics.observe)
     metrics.watch(engine, admission.slots, admission.memory.peak, model.device)
+    _warm_up(runner, prompt)
     engine.start()
-    _warm_up(engine, prompt)
     vocab = model.config.vocab_size
     return Service(engine, prompt, admission.context, vocab, stop_ids(prompt, model), settings, metrics)
 
 
-def _warm_up(engine: Engine, prompt: Prompt) -> None:
+def _warm_up(runner: Runner, prompt: Prompt) -> None:
     """Two tokens, so that no client waits for kernels to be compiled."""
-    done = threading.Event()
-    ids = prompt.ids("", [])
-
-    def listen(update: Update) -> None:
-        if update.finish or update.error:
-            done.set()
-
-    engine.submit(Job(ids, 2, Sampling(0.0, 1.0), frozenset(), (), listen))
-    done.wait()
+    ids = prompt.ids("", [])[: runner.chunk]
+    runner.step([Piece(0, ids, 0)])
+    runner.step([Piece(0, ids[-1:], len(ids))])
 
 
 class Server(uvicorn.Server):
