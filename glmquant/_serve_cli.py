@@ -83,12 +83,12 @@ def serve(
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
         raise UsageError(f"serving needs {error.name}; pip install 'glmquant[serve]'.") from None
     from .serve.app import create_app
     from .serve.guard import hosts_of
-    from .serve.server import Server, build, listen_on, open_model
+    from .serve.server import Server, build, configure, listen_on, open_model
     from .serve.service import Settings
 
     if api_key == "":
@@ -103,9 +103,6 @@ def serve(
     settings = Settings(name or Path(out).name, strict_model, timeout, log_prompts)
     service = build(model, tokenizer, admission, settings, queue)
     app = create_app(service, api_key=api_key, max_body=largest, cors=cors, hosts=hosts_of(host, allow_host))
-    config = uvicorn.Config(
-        app, log_level="info", lifespan="off", server_header=False, timeout_graceful_shutdown=5
-    )
     address = f"[{host}]" if ":" in host else host
     if api_key is None and host not in _LOOPBACK:
         click.echo(
@@ -117,6 +114,6 @@ def serve(
         f"{show_size(admission.memory.peak)} of memory at most\n"
         f"listening on http://{address}:{bound.getsockname()[1]}"
     )
-    Server(config, service.engine, timeout).run(sockets=[bound])
+    Server(configure(app), service.engine, timeout).run(sockets=[bound])
     if not service.engine.stop(timeout=5):
         os._exit(0)  # a thread inside of torch while Python goes down would abort the process

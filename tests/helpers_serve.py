@@ -13,7 +13,6 @@ from typing import Any
 
 import helpers_cards
 import torch
-import uvicorn
 from helpers_tokenizers import scratch
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from glmquant.serve.engine import Engine, Job, Update
 from glmquant.serve.metrics import Metrics
 from glmquant.serve.runners import Piece
 from glmquant.serve.sampling import Sampling
-from glmquant.serve.server import Server, build, listen_on
+from glmquant.serve.server import Server, build, configure, listen_on
 from glmquant.serve.service import Service, Settings
 
 NOTHING = Memory(0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -135,7 +134,7 @@ def listening(service: Service, **options: Any) -> Iterator[str]:
     """The address of a server in this process; `options` are `create_app`'s."""
     app = create_app(service, **options)
     bound = listen_on("127.0.0.1", 0)
-    server = Server(uvicorn.Config(app, lifespan="off", log_level="warning"), service.engine, 5)
+    server = Server(configure(app, log_level="warning"), service.engine, 5)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     while not server.started:

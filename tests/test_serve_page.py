@@ -80,7 +80,7 @@ def say(page: Any, text: str, expect: int) -> str:
 
 
 def test_a_conversation(page: Any) -> None:
-    assert page.title() == "chatglm3-6b"
+    page.wait_for_function("() => document.title == 'chatglm3-6b'")
     assert say(page, "hello", 2) == "你好 🙂 hello"
     assert "tokens in" in page.locator("#status").inner_text()
     assert say(page, "count", 4) == "2 turns, without instruction"
@@ -98,7 +98,7 @@ def test_an_answer_appears_while_it_is_written_and_escape_stops_it(page: Any, ru
     try:
         page.get_by_label("Message").fill("long")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('.assistant')?.textContent.length > 30")
+        page.wait_for_function("() => document.querySelector('.assistant')?.textContent.length > 30")
         assert page.get_by_role("button", name="Stop").is_visible()
         assert not page.get_by_role("button", name="Send").is_visible()
         page.keyboard.press("Escape")
@@ -123,7 +123,7 @@ def test_shift_enter_begins_a_line(page: Any) -> None:
     page.keyboard.type("two")
     assert page.get_by_label("Message").input_value() == "one\ntwo"
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('#messages li').length == 2")
+    page.wait_for_function("() => document.querySelectorAll('#messages li').length == 2")
     assert page.locator(".user").inner_text() == "one\ntwo"
 
 
@@ -158,16 +158,16 @@ def test_errors_are_told_and_the_question_kept(browser: Any) -> None:
     with listening(service, api_key="secret") as address:
         page = browser.new_page()
         page.goto(address)
-        page.wait_for_function("document.getElementById('status').textContent.includes('API key')")
+        page.wait_for_function("() => document.getElementById('status').textContent.includes('API key')")
         page.get_by_label("Message").fill("hello")
         page.keyboard.press("Enter")
         page.wait_for_selector("#stop", state="hidden")
-        page.wait_for_function("document.getElementById('query').value == 'hello'")
+        page.wait_for_function("() => document.getElementById('query').value == 'hello'")
         assert page.locator("#messages li").count() == 0
         page.get_by_role("button", name="Settings").click()
         page.get_by_label("API key").fill("secret")
         page.get_by_role("button", name="Done").click()
-        page.wait_for_function("document.title == 'chatglm3-6b'")
+        page.wait_for_function("() => document.title == 'chatglm3-6b'")
         assert say(page, "hello", 2) == "你好 🙂 hello"
         page.close()
 

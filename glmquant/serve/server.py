@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from .. import load, load_tokenizer
 from ..checkpoint.source import TORCH_NAMES, open_folder
@@ -129,6 +130,18 @@ class Server(uvicorn.Server):
         while not self._engine.idle and time.monotonic() < end:
             await asyncio.sleep(0.05)
         self.should_exit = True
+
+
+def configure(app: ASGIApp, **options: Any) -> uvicorn.Config:
+    """Uvicorn's settings. Idle connections stay longer than clients keep them, so that none is closed in use."""
+    return uvicorn.Config(
+        app,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=5,
+        **options,
+    )
 
 
 def listen_on(host: str, port: int) -> socket.socket:
