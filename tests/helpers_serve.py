@@ -21,7 +21,8 @@ from glmquant.memory import Memory
 from glmquant.prompts import prompt_for
 from glmquant.serve.admission import Admission
 from glmquant.serve.app import create_app
-from glmquant.serve.engine import Engine, Job, Update
+from glmquant.serve.engine import Engine
+from glmquant.serve.jobs import Job, Update
 from glmquant.serve.metrics import Metrics
 from glmquant.serve.runners import Piece
 from glmquant.serve.sampling import Sampling

@@ -83,10 +83,10 @@ def serving(*options: str, **environment: str) -> Iterator[tuple[subprocess.Pope
         reader.join()
 
 
-def long_answer(address: str, tokens: int) -> dict[str, Any]:
-    """A request whose answer is so long; most end after a few tokens."""
-    for row in range(3, 200):
-        body = {"prompt": [row] * 3, "max_tokens": tokens, "temperature": 1e-3}
+def long_answer(address: str, tokens: int = 300) -> dict[str, Any]:
+    """A request whose answer is so long; the tiny model's mostly end after a few tokens."""
+    for seed in range(500):
+        body = {"prompt": [5] * 3, "max_tokens": tokens, "temperature": 100, "top_p": 1, "seed": seed}
         usage = httpx.post(address + "/v1/completions", json=body, timeout=120).json()["usage"]
         if usage["completion_tokens"] == tokens:
             return {**body, "stream": True}
@@ -97,7 +97,7 @@ def long_answer(address: str, tokens: int) -> dict[str, Any]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_finishes_what_runs_and_ends(number: int) -> None:
     with serving("--max-batch", "1", "--context", "4000", "--device", "cpu") as (process, address, lines):
-        long = long_answer(address, 1000)
+        long = long_answer(address)
         with httpx.stream("POST", address + "/v1/completions", json=long, timeout=120) as stream:
             text = stream.iter_lines()
             next(text)
@@ -117,7 +117,7 @@ def test_it_finishes_what_runs_and_ends(number: int) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_second_signal_ends_it_at_once() -> None:
     with serving("--context", "4000", "--device", "cpu") as (process, address, _):
-        long = long_answer(address, 1500)
+        long = long_answer(address)
         with contextlib.suppress(httpx.TransportError), httpx.stream(
             "POST", address + "/v1/completions", json=long, timeout=120
         ) as stream:  # fmt: skip

@@ -15,7 +15,8 @@ from transformers import Glm4Config, GlmConfig, TemperatureLogitsWarper, TopPLog
 
 from glmquant.models.glm import Glm4ForCausalLM, GlmForCausalLM
 from glmquant.prompts import prompt_for
-from glmquant.serve.engine import Engine, Failed, Job, QueueFull, ShuttingDown, TimedOut, Update
+from glmquant.serve.engine import Engine
+from glmquant.serve.jobs import Failed, Job, QueueFull, ShuttingDown, TimedOut, Update
 from glmquant.serve.runners import SerialRunner, SlotRunner
 from glmquant.serve.sampling import Sampler, Sampling, choose
 

@@ -12,129 +12,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
-from ..errors import GlmquantError
 from ..models.chat import InvalidScoreLogitsProcessor
 from ..models.streaming import Transcript
+from .jobs import Failed, Job, QueueFull, Refused, Run, ShuttingDown, TimedOut, Update
 from .runners import Piece, Runner
-from .sampling import Sampler, Sampling, choose
+from .sampling import choose
 
 logger = logging.getLogger(__name__)
 
-Finish = Literal["stop", "length"]
 # While others are answering, prompts get this part of a step, so that they need not wait long for their tokens.
 _SHARED_STEP = 4
-
-
-class Refused(GlmquantError):
-    """The engine does not take, or does not finish, a request; the message is for the client."""
-
-
-class QueueFull(Refused):
-    """More requests wait than are allowed to."""
-
-
-class ShuttingDown(Refused):
-    """The server finishes what runs, and takes nothing new."""
-
-
-class TimedOut(Refused):
-    """A request was not answered within its time."""
-
-
-class Failed(Refused):
-    """The model failed; the log says how."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """How far an answer is.
-
-    Attributes:
-        text: all of it so far; it never ends inside of a character.
-        tokens: ids generated so far, the one that ended the answer included.
-        finish: why it ended; None while it goes on.
-        error: why it will never end; nothing follows.
-        reused: tokens of the prompt that were in memory already.
-    """
-
-    text: str = ""
-    tokens: int = 0
-    finish: Finish | None = None
-    error: Refused | None = None
-    reused: int = 0
-
-
-@dataclass(eq=False)
-class Job:
-    """A request for an answer.
-
-    Attributes:
-        ids: of the prompt.
-        max_new_tokens: most tokens to generate.
-        sampling: how to choose them.
-        stop_ids: an answer ends with one of these, which is not part of it.
-        stop: texts that end it, too.
-        listener: called with every `Update`, in the engine's thread; must not wait.
-        deadline: of `time.monotonic`, for all of it.
-        submitted, started, first: when it came, left the queue, and had its first token.
-    """
-
-    ids: list[int]
-    max_new_tokens: int
-    sampling: Sampling
-    stop_ids: frozenset[int]
-    stop: tuple[str, ...]
-    listener: Callable[[Update], None]
-    deadline: float = float("inf")
-    cancelled: bool = False
-    submitted: float = field(default_factory=time.monotonic)
-    started: float = 0.0
-    first: float = 0.0
-
-
-class _Sequence:
-    """A job in a slot."""
-
-    def __init__(self, job: Job, slot: int, reused: int, transcript: Transcript) -> None:
-        self.job, self.slot, self.reused = job, slot, reused
-        self.sampler = Sampler(job.sampling)
-        self.ids = list(job.ids)
-        self.computed = reused
-        self._transcript = transcript
-
-    @property
-    def new(self) -> int:
-        """Tokens generated."""
-        return len(self.ids) - len(self.job.ids)
-
-    def add(self, row: int) -> Update | None:
-        """Take the next token; what there is to tell, if anything."""
-        self.ids.append(row)
-        job = self.job
-        grew = False
-        if row in job.stop_ids:
-            finish: Finish | None = "stop"
-        else:
-            before = len(self._transcript.text)
-            grew = self._transcript.add(row)
-            if grew and (end := self._stop_at(self._transcript.text, before)) is not None:
-                return Update(self._transcript.text[:end], self.new, "stop", reused=self.reused)
-            finish = "length" if self.new >= job.max_new_tokens else None
-        if finish is None:
-            return Update(self._transcript.text, self.new, reused=self.reused) if grew else None
-        text = self._transcript.whole()
-        end = self._stop_at(text, 0)
-        if end is not None:
-            text, finish = text[:end], "stop"
-        return Update(text, self.new, finish, reused=self.reused)
-
-    def _stop_at(self, text: str, seen: int) -> int | None:
-        """Where the first stop text begins, of which at least a character is beyond `seen`."""
-        found = [text.find(stop, max(0, seen - len(stop))) for stop in self.job.stop]
-        return min((place for place in found if place >= 0), default=None)
 
 
 @dataclass
@@ -171,7 +60,7 @@ class Engine:
         self._guard = InvalidScoreLogitsProcessor(fallback)
         self._lock = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._running: list[_Sequence] = []
+        self._running: list[Run] = []
         self._held: list[list[int]] = [
             [] for _ in range(runner.slots)
         ]  # ids whose keys and values a slot has
@@ -295,7 +184,7 @@ class Engine:
             self._end(job, Update(error=TimedOut("the answer took longer than this server allows.")))
         return True
 
-    def _place(self, job: Job) -> _Sequence:
+    def _place(self, job: Job) -> Run:
         """A job in a free slot, with as much of its beginning as any slot holds.
 
         That is the slot whose conversation it continues, or else the one not used for longest, to which the
@@ -314,7 +203,7 @@ class Engine:
             self._runner.copy(best, slot, common[best])
         self._held[slot] = []
         self.counts.reused_tokens += common[best]
-        return _Sequence(job, slot, common[best], Transcript(self._decode))
+        return Run(job, slot, common[best], Transcript(self._decode))
 
     def _common(self, held: Sequence[int], ids: Sequence[int]) -> int:
         """Tokens that `held` and `ids` begin with alike; at least one of `ids` is left to compute."""
@@ -323,7 +212,7 @@ class Engine:
         pairs = zip(held, ids[:-1], strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    def _release(self, sequence: _Sequence) -> None:
+    def _release(self, sequence: Run) -> None:
         self._held[sequence.slot] = sequence.ids[: sequence.computed]
         self._used[sequence.slot] = time.monotonic()
         self._running.remove(sequence)
@@ -344,7 +233,7 @@ class Engine:
             for (sequence, piece), row in zip(group, chosen, strict=True):
                 self._advance(sequence, piece, row)
 
-    def _plan(self) -> list[tuple[_Sequence, Piece]]:
+    def _plan(self) -> list[tuple[Run, Piece]]:
         """What the next step computes."""
         answering = [s for s in self._running if s.new]
         planned = [(s, Piece(s.slot, s.ids[s.computed :], s.computed)) for s in answering]
@@ -373,7 +262,7 @@ class Engine:
                 )
         return planned
 
-    def _compute(self, planned: Sequence[tuple[_Sequence, Piece]]) -> list[int | None]:
+    def _compute(self, planned: Sequence[tuple[Run, Piece]]) -> list[int | None]:
         """The next token of each; None where the prompt is not read to its end."""
         logits = self._runner.step([piece for _, piece in planned])
         samplers = [sequence.sampler for sequence, piece in planned if piece.wanted]
@@ -381,7 +270,7 @@ class Engine:
         self.counts.steps += 1
         return [next(rows) if piece.wanted else None for _, piece in planned]
 
-    def _advance(self, sequence: _Sequence, piece: Piece, row: int | None) -> None:
+    def _advance(self, sequence: Run, piece: Piece, row: int | None) -> None:
         job = sequence.job
         self.counts.prompt_tokens += 0 if sequence.new else len(piece.ids)
         sequence.computed += len(piece.ids)
@@ -401,7 +290,7 @@ class Engine:
         elif update is not None:
             self._tell(job, update)
 
-    def _fail(self, sequence: _Sequence) -> None:
+    def _fail(self, sequence: Run) -> None:
         """A request that the model, or the tokenizer, cannot deal with."""
         logger.exception("a request failed")
         with self._lock:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from .engine import Failed, QueueFull, Refused, ShuttingDown, TimedOut
+from .jobs import Failed, QueueFull, Refused, ShuttingDown, TimedOut
 
 
 class ApiError(Exception):

@@ -13,8 +13,8 @@ from starlette.responses import Response
 
 from .answers import Answer, AnswerReader, Call
 from .conversation import from_messages
-from .engine import Update
 from .errors import ApiError
+from .jobs import Update
 from .schemas import ChatRequest, CompletionRequest
 from .service import Service, Ticket
 from .streams import EventStream, unless_left

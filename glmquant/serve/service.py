@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..prompts import Prompt
-from .engine import Engine, Job, Refused, Update
+from .engine import Engine
 from .errors import ApiError, from_engine
+from .jobs import Job, Refused, Update
 from .metrics import Metrics
 from .sampling import Sampling
 

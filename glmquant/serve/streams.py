@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .engine import Update
 from .errors import ApiError
+from .jobs import Update
 from .service import Ticket
 
 _HEARTBEAT = 15.0  # seconds without news after which a comment keeps proxies from closing the connection

