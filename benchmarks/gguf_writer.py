@@ -1,11 +1,14 @@
 """A GGUF of a checkpoint in the original layout, for measuring llama.cpp on the same weights.
 
-Shapes and names are those of llama.cpp's ``chatglm`` architecture; there is no vocabulary, so prompts have to be ids.
+Shapes and names are those of llama.cpp's ``chatglm`` architecture. A vocabulary goes in for the stand-in only; the
+synthetic checkpoints have none, so their prompts have to be ids.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -53,7 +56,10 @@ def write(source: Path, out: Path, layers: str = "F16") -> Path:
     writer.add_layer_norm_rms_eps(checkpoint.config["layernorm_epsilon"])
     writer.add_rope_dimension_count(dims.head_dim // 2)
     writer.add_rope_freq_base(10000.0 * checkpoint.config.get("rope_ratio", 1))
-    writer.add_tokenizer_model("no_vocab")
+    if (source / "tokenizer.json").exists():
+        _add_vocabulary(writer, source)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(dims.vocab)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{layers}"])
     named = [(spec.name, _gguf_name(spec.name)) for spec in family.tensors(dims)]
@@ -72,6 +78,24 @@ def write(source: Path, out: Path, layers: str = "F16") -> Path:
         writer.write_tensor_data(gguf.quantize(tensor.float().numpy(), stored))
     writer.close()
     return partial.rename(out)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, source: Path) -> None:
+    """The stand-in's: SmolLM2's byte-level BPE, and its chat template."""
+    tokenizer: dict[str, Any] = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    ids: dict[str, int] = {**tokenizer["model"]["vocab"], **special}
+    names = sorted(ids, key=ids.__getitem__)
+    kinds = (gguf.TokenType.CONTROL if name in special else gguf.TokenType.NORMAL for name in names)
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(names)
+    writer.add_token_types(list(kinds))
+    writer.add_token_merges(list(merges))
+    writer.add_add_bos_token(False)
+    writer.add_eos_token_id(special["<|im_end|>"])
+    writer.add_chat_template((source / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
 def _type(target: str, dimensions: int, layers: str) -> gguf.GGMLQuantizationType:

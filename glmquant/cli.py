@@ -22,6 +22,7 @@ from ._eval_cli import eval_
 from ._hub_cli import download, tell_which
 from ._publish_cli import publish
 from ._recipes_cli import recipes
+from ._serve_cli import serve
 from ._terminal import endpoint_option, json_option, print_rows, progress_bar
 from ._version import __version__
 from .errors import GlmquantError, UsageError
@@ -469,7 +470,7 @@ def _fit(
     return Fit(parse_size(size), context or 8192, batch or 1)
 
 
-for command in (bench, chat, check, download, eval_, publish, recipes):
+for command in (bench, chat, check, download, eval_, publish, recipes, serve):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def _request(
         "do_sample": do_sample,
         **(sampling if do_sample else dict.fromkeys(sampling)),
         "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": _stop_ids(prompt, model) if stops is None else _listed(stops),
+        "eos_token_id": stop_ids(prompt, model) if stops is None else _listed(stops),
         "logits_processor": LogitsProcessorList(processors),
         **kwargs,
     }
@@ -336,7 +336,7 @@ def _check_options(
             raise UsageError(f"{name} must be {form}, not {value!r:.60}.")
 
 
-def _stop_ids(prompt: Prompt, model: Any) -> list[int]:
+def stop_ids(prompt: Prompt, model: Any) -> list[int]:
     """Ids that end an answer: those of the format, and for a template, which tells none, the model's own too."""
     ids = prompt.stop_ids()
     if prompt.kind == "template":

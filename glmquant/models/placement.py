@@ -52,7 +52,7 @@ class Placement:
             same.append(name)
             self._names[name] = same
         if device_map is None:
-            self._map: dict[str, Any] = {"": _checked(device)}
+            self._map: dict[str, Any] = {"": checked_device(device)}
         elif device != "auto":
             raise UsageError("device and device_map contradict each other; pass one of them.")
         else:
@@ -148,7 +148,12 @@ def _require_accelerate() -> None:
         )
 
 
-def _checked(device: Any) -> torch.device:
+def checked_device(device: Any) -> torch.device:
+    """The device that is meant: ``auto`` is the first GPU if there is one.
+
+    Raises:
+        UsageError: there is no such device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -165,9 +170,9 @@ def _resolve(
 ) -> dict[str, Any]:
     """A device map as a dictionary of module names."""
     if isinstance(device_map, Mapping):
-        return {name: d if d == "disk" else _checked(d) for name, d in device_map.items()}
+        return {name: d if d == "disk" else checked_device(d) for name, d in device_map.items()}
     if device_map not in _STRATEGIES:
-        return {"": _checked(device_map)}
+        return {"": checked_device(device_map)}
     _require_accelerate()
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -178,4 +183,4 @@ def _resolve(
         low = device_map == "balanced_low_0"
         limits = get_balanced_memory(model, limits, no_split_module_classes=whole, low_zero=low)
     found = infer_auto_device_map(model, limits, no_split_module_classes=whole)
-    return {name: d if d == "disk" else _checked(d) for name, d in found.items()}
+    return {name: d if d == "disk" else checked_device(d) for name, d in found.items()}

@@ -21,7 +21,7 @@ from filelock import FileLock
 from glmquant import GlmquantError
 from glmquant.checkpoint.source import open_folder
 
-from . import checkpoints, reference
+from . import checkpoints, reference, served
 from .base import Answer, Engine, EngineFailed
 from .checkpoints import Checkpoint, ConversionFailed
 from .environments import EnvironmentFailed, cache
@@ -101,6 +101,11 @@ def _run(engines: Sequence[Engine], work: Path) -> Iterator[Row]:
             for row in _try(engine, checkpoint, source, work):
                 _say(f"  {row.compared}: {row.result}")
                 yield row
+        if isinstance(engine, VllmCpu):
+            _say(f"{engine.name} {version}, served over HTTP")
+            row = _serve(engine, source, work)
+            _say(f"  {row.compared}: {row.result}")
+            yield row
 
 
 def _try(engine: Engine, checkpoint: Checkpoint, source: Path, work: Path) -> Iterator[Row]:
@@ -126,6 +131,21 @@ def _try(engine: Engine, checkpoint: Checkpoint, source: Path, work: Path) -> It
         yield row("-", [str(error)], "nothing to compare")
     finally:
         rmtree(out, ignore_errors=True)
+
+
+def _serve(engine: VllmCpu, source: Path, work: Path) -> Row:
+    """A row for ``vllm serve``, with a group size that two GPUs would admit."""
+    out = work / "checkpoint"
+    try:
+        checkpoints.convert(source, out, ("--group-size", "64"))
+        faults, figures = served.compare(out, engine.environment, checkpoints.prompt_ids(source), work)
+    except (ConversionFailed, EngineFailed, GlmquantError) as error:
+        faults, figures = [str(error)], "nothing to compare"
+    finally:
+        rmtree(out, ignore_errors=True)
+    result = f"{'; '.join(['FAILED', *faults]) if faults else 'ok'} ({figures})"
+    version = engine.environment.version()
+    return Row(engine.name, version, "INT4 group 64", "vllm serve, glmquant.load", result, not faults)
 
 
 def _otherwise(checkpoint: Checkpoint, source: Path, out: Path, answer: Answer) -> list[str]:

@@ -17,7 +17,7 @@ from .environments import Environment
 
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 _SECONDS = 600  # for one checkpoint; half a minute is usual
-_SETTINGS = {
+SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     # In one process, and so within reach of `apply_model`.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -80,7 +80,7 @@ class VllmCpu:
                     [self.environment.python, _WORKER, job, result],
                     stdout=stream,
                     stderr=subprocess.STDOUT,
-                    env=inherited | _SETTINGS | {"VLLM_CACHE_ROOT": str(work / "vllm-cache")},
+                    env=inherited | SETTINGS | {"VLLM_CACHE_ROOT": str(work / "vllm-cache")},
                     timeout=_SECONDS,
                     check=False,
                 ).returncode

@@ -1,0 +1,107 @@
+"""How many requests fit: the memory model's answer, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ..checkpoint.source import ITEM_SIZES
+from ..errors import DoesNotFitError
+from ..memory import Memory, Model, Workload, check_context, estimate
+from ..recipe import show_size
+
+CONTEXT, BATCH = 8192, 16  # where nothing is asked for
+_CHUNK = {"cpu": 256, "cuda": 2048}  # tokens of a step: large enough to keep the device busy, and no larger
+_SAMPLING = 24  # bytes of float32 copies that choosing makes of each logit
+_HTTP = 64 << 20  # what a process takes with FastAPI, uvicorn and their buffers; measured
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What a server admits.
+
+    Attributes:
+        slots: requests at a time.
+        context: tokens of each, prompt and answer together.
+        chunk: tokens that a step computes at most; None where prompts are read at once.
+        memory: the prediction for all slots full.
+        limit: bytes that it stays within; None where nothing is known.
+    """
+
+    slots: int
+    context: int
+    chunk: int | None
+    memory: Memory
+    limit: int | None
+
+
+def admit(
+    model: Model,
+    device: Literal["cuda", "cpu"],
+    *,
+    vram: int | None = None,
+    context: int | None = None,
+    max_batch: int | None = None,
+) -> Admission:
+    """As many slots as fit, at most `max_batch`.
+
+    Args:
+        model: the checkpoint.
+        device: where it runs.
+        vram: bytes of the process; None is what is free.
+        context: tokens of a request; None is the model's, or 8192 where that is more.
+        max_batch: None is 16; ChatGLM-6B is always served one at a time.
+
+    Raises:
+        DoesNotFitError: not even one request does.
+        UsageError: the context is longer than the model's.
+    """
+    context = context or min(CONTEXT, model.dims.context)
+    check_context(model, context)
+    limit = vram if vram is not None else _free(device)
+    serial = model.family == "chatglm"
+    chunk = None if serial else min(_CHUNK[device], context)
+    most = 1 if serial else max_batch or BATCH
+    for slots in range(most, 0, -1):
+        memory = _memory(model, device, slots, context, chunk)
+        if limit is None or memory.peak <= limit:
+            return Admission(slots, context, chunk, memory, limit)
+    assert limit is not None
+    what = "memory" if device == "cpu" else "VRAM"
+    raise DoesNotFitError(
+        f"one request of {context} tokens needs {show_size(memory.peak)} of {what}, and "
+        f"{'--vram is' if vram else 'there is'} {show_size(limit)}; lower --context, or convert to fewer bits."
+    )
+
+
+def _memory(
+    model: Model, device: Literal["cuda", "cpu"], slots: int, context: int, chunk: int | None
+) -> Memory:
+    """The prediction for one request's forward pass, with the caches and logits of all."""
+    workload = Workload(context, 1, "dynamic" if chunk is None else "static", chunk)
+    one = estimate(model, workload, "glmquant", device)
+    logits = slots * model.dims.vocab * (ITEM_SIZES[model.dtype] + _SAMPLING)
+    return replace(
+        one,
+        cache=slots * one.cache,
+        activations=one.activations + logits,
+        process_base=one.process_base + _HTTP,
+        load_peak=one.load_peak + _HTTP,
+    )
+
+
+def _free(device: Literal["cuda", "cpu"]) -> int | None:
+    """Bytes that nobody uses; None where the system does not tell."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    pages = os.sysconf_names.get("SC_AVPHYS_PAGES") if hasattr(os, "sysconf_names") else None
+    return None if pages is None else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

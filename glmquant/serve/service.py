@@ -1,0 +1,225 @@
+"""The model as the routes see it: text in, updates of an answer out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from ..prompts import Prompt
+from .engine import Engine
+from .errors import ApiError, from_engine
+from .jobs import Job, Refused, Update
+from .metrics import Metrics
+from .sampling import Sampling
+
+# No token of the published vocabularies stands for more characters: what is longer cannot fit, and need not be encoded.
+_CHARACTERS = 128
+_HEADSTART = 5.0  # seconds in which an error still gets its own status
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator chose.
+
+    Attributes:
+        name: of the model.
+        strict_model: refuse requests for another name.
+        timeout: seconds for an answer, waiting included.
+        log_prompts: write prompts and answers to the log.
+    """
+
+    name: str
+    strict_model: bool = False
+    timeout: float = 600.0
+    log_prompts: bool = False
+
+
+class Service:
+    """See the module.
+
+    Args:
+        engine: runs the model.
+        prompt: its format; its tokenizer is used in one thread at a time.
+        context: tokens of prompt and answer together.
+        vocab: tokens that the model knows.
+        stop_ids: end an answer.
+        settings: see `Settings`.
+        metrics: see `Metrics`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Prompt,
+        context: int,
+        vocab: int,
+        stop_ids: Sequence[int],
+        settings: Settings,
+        metrics: Metrics,
+    ) -> None:
+        self.engine, self.prompt, self.context = engine, prompt, context
+        self.settings, self.metrics = settings, metrics
+        self.created = int(time.time())
+        self._vocab, self._stop_ids = vocab, frozenset(stop_ids)
+        # Tokenizers are not made for several threads, and long texts take their time.
+        self._encoder = ThreadPoolExecutor(1, "glmquant-encode")
+        self._log = logging.getLogger("glmquant.serve.prompts")
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse another model than ours where that is wanted."""
+        if self.settings.strict_model and name != self.settings.name:
+            raise ApiError(
+                404, f"there is no model {name!r} here, only {self.settings.name!r}.",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+
+    async def encode(self, characters: int, ids: Callable[[], list[int]]) -> list[int]:
+        """The ids of a prompt with so many characters, checked.
+
+        Raises:
+            ApiError: they do not fit, or cannot be.
+        """
+        if characters > self.context * _CHARACTERS:
+            raise self._too_long(f"over {self.context}")
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self._encoder, ids)
+        except UsageError as error:
+            raise ApiError(400, str(error), code="invalid_value") from None
+        if not found:
+            raise ApiError(400, "the prompt is empty.", param="prompt", code="invalid_value")
+        if len(found) >= self.context:
+            raise self._too_long(str(len(found)))
+        if min(found) < 0 or max(found) >= self._vocab:
+            raise ApiError(400, f"the prompt has ids beyond the model's {self._vocab}.", code="invalid_value")
+        return found
+
+    def prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        """The ids of a text to continue, with the special tokens that every text has."""
+        if isinstance(prompt, list):
+            return prompt
+        tokenizer = self.prompt.tokenizer
+        return list(tokenizer.encode(prompt, split_special_tokens=self.prompt.kind != "template"))
+
+    def _too_long(self, count: str) -> ApiError:
+        return ApiError(
+            400,
+            f"the prompt has {count} tokens; prompt and answer together may have {self.context} here. Shorten it.",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+    def submit(
+        self,
+        ids: list[int],
+        *,
+        max_new_tokens: int | None,
+        temperature: float | None,
+        top_p: float | None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Ticket:
+        """Queue a request.
+
+        Raises:
+            ApiError: too many wait, or the server is about to end.
+        """
+        room = self.context - len(ids)
+        defaults = self.prompt.sampling
+        sampling = Sampling(
+            defaults.temperature if temperature is None else temperature,
+            defaults.top_p if top_p is None else top_p,
+            seed,
+        )
+        ticket = Ticket(self)
+        ticket.job = Job(
+            ids,
+            room if max_new_tokens is None else min(room, max_new_tokens),
+            sampling,
+            self._stop_ids,
+            tuple(stop),
+            ticket.listen,
+            deadline=time.monotonic() + self.settings.timeout,
+        )
+        try:
+            self.engine.submit(ticket.job)
+        except Refused as error:
+            raise self.refusal(error) from None
+        return ticket
+
+    def refusal(self, error: Refused) -> ApiError:
+        """An error of the engine as an answer."""
+        wait = self.metrics.mean_seconds * (1 + self.engine.waiting / max(1, self.engine.running))
+        return from_engine(error, min(60, max(1, math.ceil(wait))))
+
+    def log(self, what: str, value: object) -> None:
+        """Write down what was said, where that is wanted."""
+        if self.settings.log_prompts:
+            self._log.info("%s %s", what, value)
+
+
+class Ticket:
+    """A request in the engine, as seen from the event loop."""
+
+    job: Job
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._latest = Update()
+
+    def listen(self, update: Update) -> None:
+        """For the engine; a client that reads slowly finds several updates in one."""
+        self._latest = update
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._changed.set)
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """The answer as it grows; the last one has `finish`. Leaving early cancels.
+
+        Raises:
+            ApiError: there will be none.
+        """
+        try:
+            while True:
+                await self._changed.wait()
+                self._changed.clear()
+                update = self._latest
+                if update.error is not None:
+                    raise self._service.refusal(update.error)
+                yield update
+                if update.finish is not None:
+                    return
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Forget it."""
+        self._service.engine.cancel(self.job)
+
+    async def wait(self, seconds: float = _HEADSTART) -> None:
+        """Wait for the first update, or some seconds.
+
+        Raises:
+            ApiError: there will be no answer.
+        """
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), seconds)
+        if self._latest.error is not None:
+            raise self._service.refusal(self._latest.error)
+
+    async def last(self) -> Update:
+        """The whole answer.
+
+        Raises:
+            ApiError: there will be none.
+        """
+        *_, last = [update async for update in self.updates()]
+        return last
