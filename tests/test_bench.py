@@ -14,12 +14,12 @@ from helpers_sources import CHATGLM2, random_tensors, write_model
 
 import glmquant
 from glmquant import Recipe
-from glmquant._bench_cli import PEERS
 from glmquant.bench import harness, report
 from glmquant.bench.cases import Candidate, Result, Trial, Workload
 from glmquant.bench.runtimes import RUNTIMES
 from glmquant.bench.worker import measure
 from glmquant.cli import main
+from glmquant.cli.bench import PEERS
 
 WORKLOAD = Workload(prompt=8, new=4, batches=(1, 3), warmup=0, repetitions=2)
 

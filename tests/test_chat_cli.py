@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -20,9 +21,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 import glmquant
-from glmquant import _chat_cli
-from glmquant._chat_cli import Conversation, command, reply, show
 from glmquant.cli import main
+from glmquant.cli.chat import Conversation, command, reply, show
+
+chat_command = importlib.import_module("glmquant.cli.chat")  # not the command of that name
 
 needs_pty = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 
@@ -148,7 +150,7 @@ def test_ctrl_c_in_a_pipe(
         yield query, history
 
     monkeypatch.setattr(fake_chat.Parrot, "stream_chat", stream_chat)
-    monkeypatch.setattr(_chat_cli, "_AGAIN", again)
+    monkeypatch.setattr(chat_command, "_AGAIN", again)
     result = run(stdin="slow\nslower\nlast\n")
     assert (result.stdout, result.exit_code) == (stdout, status)
     assert result.stderr.startswith("glmquant: the answer was stopped.\n")
@@ -219,7 +221,7 @@ def test_a_terminal_gets_no_commands_from_the_model(
     terminal: bool, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
-    monkeypatch.setattr(_chat_cli.click, "echo", lambda text="", **options: written.append(text))
+    monkeypatch.setattr(chat_command.click, "echo", lambda text="", **options: written.append(text))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     conversation = Conversation(fake_chat.Parrot(), None)
     reply(conversation, "a\x1b[31mb\tc\r\nd\x9b\x07")

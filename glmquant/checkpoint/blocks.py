@@ -14,8 +14,6 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from ..errors import VerificationError
 
 # A multiple of every device's block size, and large enough to keep a disk busy.
@@ -127,6 +125,8 @@ class BlockWriter:
             _sync(self._file.fd)
 
     def _compare(self, written: Future[None], buffer: mmap.mmap, count: int, offset: int) -> None:
+        import numpy as np  # not above: whoever asks for --help has no use for it
+
         written.result()
         found = self._file.read(self._read_back, offset)
         same = np.array_equal(

@@ -8,8 +8,8 @@ import sys
 
 import click
 
-from ._terminal import json_option, print_rows, print_table, progress_bar
-from .recipe import show_size
+from ..recipe import show_size
+from .terminal import json_option, print_rows, print_table, progress_bar
 
 
 @click.command()
@@ -35,7 +35,7 @@ def publish(
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
     if sys.stderr.isatty() and not as_json:
         os.environ.pop("TQDM_DISABLE", None)  # the upload is shown by the hub's client
-    from ._publish import publish as run
+    from .._publish import publish as run
 
     with progress_bar("verifying", quiet=as_json, unit="tensors") as progress:
         found = run(

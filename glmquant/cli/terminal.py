@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .recipe import show_size
+from ..recipe import show_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 

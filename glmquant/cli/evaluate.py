@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from ._terminal import json_option, print_rows, progress_bar
-from .checkpoint.output import REPORT
-from .errors import UsageError
+from ..checkpoint.output import REPORT
+from ..errors import UsageError
+from .terminal import json_option, print_rows, progress_bar
 
 
 @click.command("eval")
@@ -60,7 +60,7 @@ def eval_(
     Perplexity, KL divergence and how often both hold the same token for the likeliest, with standard errors. Both
     models are read block by block, so neither has to fit into memory. Exit status 1 if a model computes NaN.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
-    from ._evaluate import Estimate, evaluate
+    from .._evaluate import Estimate, evaluate
 
     if record and not (Path(out) / REPORT).is_file():
         raise UsageError(f"--record keeps the figures in a folder that convert wrote, and {out} is none.")
@@ -79,7 +79,7 @@ def eval_(
             progress=report,
         )
     if record:
-        from ._card import record_evaluation
+        from .._card import record_evaluation
 
         record_evaluation(Path(out), found.to_json())
     if as_json:

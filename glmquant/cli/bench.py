@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from ._terminal import json_option, progress_bar
-from .errors import SourceError, UsageError
+from ..errors import SourceError, UsageError
+from .terminal import json_option, progress_bar
 
 # Names only: the runtimes themselves import torch. A test compares.
 PEERS = ("16bit", "dequantize", "bitsandbytes-nf4", "bitsandbytes-int8", "torchao-int8")
@@ -81,10 +81,10 @@ def bench(
     a folder with one, runs in llama.cpp (pip install xllamacpp). What fails is a row that says why; exit status 1 if
     nothing ran. Beside the memory that was measured stands what check and recipes predict, for the largest batch.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
-    from . import hub
-    from .bench import harness, report
-    from .bench.cases import Candidate, Workload
-    from .bench.llama_cpp import gguf_file
+    from .. import hub
+    from ..bench import harness, report
+    from ..bench.cases import Candidate, Workload
+    from ..bench.llama_cpp import gguf_file
 
     for target in (markdown, plot):
         if target is not None and not Path(target).expanduser().absolute().parent.is_dir():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from .errors import UsageError
-from .recipe import parse_size, show_size
+from ..errors import UsageError
+from ..recipe import parse_size, show_size
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -86,10 +86,10 @@ def serve(
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
         raise UsageError(f"serving needs {error.name}; pip install 'glmquant[serve]'.") from None
-    from .serve.app import create_app
-    from .serve.guard import hosts_of
-    from .serve.server import Server, build, configure, listen_on, open_model
-    from .serve.service import Settings
+    from ..serve.app import create_app
+    from ..serve.guard import hosts_of
+    from ..serve.server import Server, build, configure, listen_on, open_model
+    from ..serve.service import Settings
 
     if api_key == "":
         raise UsageError("the API key is empty; leave it out to let everybody in.")

@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from .errors import GlmquantError, UsageError
+from ..errors import GlmquantError, UsageError
 
 _HELP = """\
 /clear        forget the conversation (or: clear)
@@ -87,7 +87,7 @@ def opening(tokenizer: Any, system: str | None) -> list[Any]:
     """
     if not system:
         return []
-    from .prompts import prompt_for
+    from ..prompts import prompt_for
 
     return prompt_for(tokenizer).history([{"role": "system", "content": system}])
 
@@ -291,7 +291,7 @@ def chat(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
 
-    from . import load, load_tokenizer
+    from .. import load, load_tokenizer
 
     tokenizer = load_tokenizer(out)
     opening(tokenizer, system)  # before the time for loading is spent

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from ._terminal import json_option, progress_bar
-from .errors import UsageError
-from .recipe import parse_size, show_size
+from ..errors import UsageError
+from ..recipe import parse_size, show_size
+from .terminal import json_option, progress_bar
 
 
 @click.command()
@@ -58,7 +58,7 @@ def check(
     With --device cpu the memory is the resident memory of the process, and no VRAM. --max-kld does what eval does: both
     models are read block by block.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
-    from ._check import check as run
+    from .._check import check as run
 
     if junit is not None and not Path(junit).absolute().parent.is_dir():
         raise UsageError(f"{junit} cannot be written, since its folder does not exist.")

@@ -6,13 +6,13 @@ import json
 
 import click
 
-from ._terminal import print_rows, progress_bar
-from .recipe import show_size
+from ..recipe import show_size
+from .terminal import print_rows, progress_bar
 
 
 def tell_which(ref: str) -> None:
     """Say so where a folder hides a well-known model of the same name."""
-    from . import hub
+    from .. import hub
 
     note = hub.resolve(ref).note
     if note is not None:
@@ -50,7 +50,7 @@ def download(
     The same command goes on where an interrupted one ended. To quantize a model there is no need to download it
     first: glmquant convert takes a REF.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
-    from . import hub
+    from .. import hub
 
     if revision is not None:
         ref = f"{ref}@{revision}"

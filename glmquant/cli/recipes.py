@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from ._hub_cli import tell_which
-from ._terminal import endpoint_option, json_option, print_table, progress_bar
-from .errors import UsageError
-from .recipe import parse_size, show_size
+from ..errors import UsageError
+from ..recipe import parse_size, show_size
+from .hub import tell_which
+from .terminal import endpoint_option, json_option, print_table, progress_bar
 
 _RUNTIMES = ("glmquant", "transformers", "vllm", "llama.cpp")
 
@@ -59,8 +59,8 @@ def recipes(
     Reads config.json and headers only, unless it is to --measure. File sizes are exact. The error is that of the output
     of linear layers, relative, from weights alone; it is shown once it was measured, here or by convert --fit.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
-    from ._recipes import recipes as run
-    from .memory import Workload
+    from .._recipes import recipes as run
+    from ..memory import Workload
 
     budget = None if vram is None else parse_size(vram)
     runtime = runtime or ("vllm" if tp > 1 else "glmquant")
@@ -73,7 +73,7 @@ def recipes(
             quantize_head=quantize_head, measure=measure, measuring=measuring,
         )  # fmt: skip
     if save is not None:
-        from ._sensitivity import measure as kept
+        from .._sensitivity import measure as kept
 
         kept(ref).save(save)
     if as_json:

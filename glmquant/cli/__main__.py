@@ -1,0 +1,5 @@
+"""``python -m glmquant.cli``."""
+
+from . import main
+
+main(prog_name="glmquant")
