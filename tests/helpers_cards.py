@@ -22,6 +22,7 @@ from helpers_sources import random_tensors, write_model
 from helpers_tokenizers import configure, train, write_ranks
 
 import glmquant
+from glmquant._folders import cache_folder
 from glmquant.prompts import prompt_for
 
 CONFIGS = REPOSITORY / "tests/golden/published-configs"
@@ -141,6 +142,7 @@ def offline(home: Path) -> dict[str, str]:
         **os.environ,
         "HF_ENDPOINT": nobody, "MODELSCOPE_DOMAIN": "127.0.0.1:9", "http_proxy": nobody, "https_proxy": nobody,
         "HF_HOME": str(home / "hf"), "MODELSCOPE_CACHE": str(home / "ms"), "HOME": str(home),
+        "GLMQUANT_CACHE": str(cache_folder("native").parent),  # compiling kernels takes seconds
         "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8",
     }  # fmt: skip
 

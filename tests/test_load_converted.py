@@ -126,13 +126,20 @@ def test_chatglm_6b_in_packed_form(tmp_path: Path, embeddings: bool) -> None:
     with torch.inference_mode():
         found = model(ids).logits
         assert dequantize_in_place(model) == 3 * 4 + 2 * embeddings
-        torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
+        exact = model(ids).logits
+        assert largest_difference(found, exact) < 2e-5 * float(exact.abs().max())
 
 
-def test_a_quantized_model_in_half_and_bfloat16(tmp_path: Path, source: Path) -> None:
+@pytest.mark.parametrize("activations", ["exact", "as they come"])
+def test_a_quantized_model_in_half_and_bfloat16(
+    tmp_path: Path, source: Path, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations of a prompt are rounded to 8 bit where that is faster, unless they are asked to be exact."""
+    monkeypatch.setenv("GLMQUANT_EXACT", "1" if activations == "exact" else "0")
     glmquant.convert(source, tmp_path / "out", Recipe(group_size=32, quantize_embeddings=True))
     exact = logits(glmquant.load(tmp_path / "out", device="cpu", dtype=torch.float32))
-    for dtype, limit in ((torch.float16, 0.01), (torch.bfloat16, 0.08)):
+    half = 0.01 if activations == "exact" else 0.03
+    for dtype, limit in ((torch.float16, half), (torch.bfloat16, 0.08)):
         model = glmquant.load(tmp_path / "out", device="cpu", dtype=dtype)
         assert model.dtype == dtype
         assert model.model.embed_tokens.weight_scale.dtype == torch.bfloat16

@@ -194,13 +194,14 @@ def plant_code(folder: Path) -> Path:
 
 # Before anything of ours is imported: what a process does that is told to the interpreter's own hooks.
 WATCHED = """
-import os, sys
+import os, sys, types
 FOLDER = {folder!r}
 CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.utime", "os.chmod", "os.symlink", "os.link")
 def watch(event, arguments):
     if event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
         os.write(2, f"NETWORK {{event}} {{arguments}}\\n".encode())
-    first = getattr(arguments[0], "co_filename", arguments[0]) if arguments else None
+    first = arguments[0] if arguments else None
+    first = first.co_filename if isinstance(first, types.CodeType) else first
     path = os.path.abspath(os.fsdecode(first)) if isinstance(first, (str, bytes, os.PathLike)) else ""
     if event in ("exec", "compile", "import", "ctypes.dlopen"):  # the second: where transformers copies code to
         named = [path, *(a for a in arguments if isinstance(a, str))]
