@@ -140,7 +140,7 @@ def test_a_quantized_base_is_decoded_before_the_merge(original: Path, tmp_path: 
     # The first is merged in float32; the second has been rounded to 16 bit once more, which moves few codes.
     merged = [(tmp_path / f"{s}-merged" / "model.safetensors").read_bytes() for s in ("int4", "decoded")]
     assert len(merged[0]) == len(merged[1])
-    assert sum(map(int.__ne__, *merged)) < 1e-3 * len(merged[0])
+    assert sum(map(int.__ne__, *merged)) < 0.01 * len(merged[0])
     convert(original, tmp_path / "16-bit", Recipe(), adapter=tmp_path / "adapter")
     unlike = (tmp_path / "16-bit" / "model.safetensors").read_bytes()
     assert sum(map(int.__ne__, merged[0], unlike)) > 0.1 * len(unlike)  # of the original's own weights
