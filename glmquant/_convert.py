@@ -21,7 +21,7 @@ from ._sidecars import sidecar_files, to_json
 from ._version import __version__
 from ._workers import cores, tuned_for_blocks
 from .checkpoint.output import CARD, REPORT, OutputFolder, check_out, write_synced
-from .checkpoint.sink import ShardedSink, ShardLayout
+from .checkpoint.sink import Begun, ShardedSink, ShardLayout, begun_shard
 from .checkpoint.source import TensorSource
 from .errors import OutputError, UsageError
 from .plan import Plan, make_plan
@@ -202,19 +202,34 @@ def _write_weights(
         entries.update(entry["items"])
         by_shard[file] = entry["items"]
 
+    begun = _begun_shard(output, plan)
+    if begun is not None and output.begun is not None:
+        entries.update(output.begun["items"])
+        by_shard[begun.file] = dict(output.begun["items"])
+
     def on_shard(file: str, digest: str) -> None:
         output.record(file, {"sha256": digest, "items": by_shard[file]})
+
+    def keep_what_is_done() -> None:
+        """Before a shard of the source is deleted: what came of it need not be made again."""
+        found = sink.begun() if opened.deletes else None
+        if found is not None:
+            file, nbytes, digest = found
+            output.record_begun(
+                {"file": file, "bytes": nbytes, "sha256": digest, "items": dict(by_shard[file])}
+            )
 
     sink = ShardedSink(
         output.partial,
         plan.shards,
         finished={file: entry["sha256"] for file, entry in finished.items()},
+        begun=begun,
         on_shard=on_shard,
     )
     todo = []
     done = 0
     for item in plan.items:
-        if shard_of[item.outputs[0].name].file in finished:
+        if shard_of[item.outputs[0].name].file in finished or item.name in entries:
             done += item.source_nbytes
         else:
             todo.extend(_quantize.tasks(item, fmt.row_multiple))
@@ -225,7 +240,7 @@ def _write_weights(
                 done, plan.source_nbytes, f"fetching {shard}, {100 * got // max(1, size)} %"
             )
         )
-    shards = _SourceShards(opened.source, todo)
+    shards = _SourceShards(opened.source, todo, keep_what_is_done)
     prepared: Iterable[Task] = todo
     if text is not None:
         from ._calibrate import Calibrator
@@ -266,6 +281,16 @@ def _write_weights(
         raise
 
 
+def _begun_shard(output: OutputFolder, plan: Plan) -> Begun | None:
+    """The beginning of a shard that an interrupted run left, if it is as it was."""
+    entry, found = output.begun, None
+    if entry is not None and any(shard.file == entry["file"] for shard in plan.shards):
+        found = begun_shard(output.partial / entry["file"], entry["bytes"], entry["sha256"])
+    if entry is not None and found is None:
+        output.record_begun(None)
+    return found
+
+
 def _hints(plan: Plan, gpu: Gpu | None, idle: str | None) -> Iterator[str]:
     if idle is not None:
         yield f"the GPU was not used: {idle}."
@@ -279,8 +304,8 @@ def _hints(plan: Plan, gpu: Gpu | None, idle: str | None) -> Iterator[str]:
 class _SourceShards:
     """Tells the source which shards come next and which are done with."""
 
-    def __init__(self, source: TensorSource, todo: list[Task]) -> None:
-        self._source = source
+    def __init__(self, source: TensorSource, todo: list[Task], before_release: Callable[[], None]) -> None:
+        self._source, self._before_release = source, before_release
         infos = source.infos()
         self._shard = {task.item.source: infos[task.item.source].shard for task in todo}
         self._left = Counter(self._shard[task.item.source] for task in todo)
@@ -296,6 +321,7 @@ class _SourceShards:
         shard = self._shard[task.item.source]
         self._left[shard] -= 1
         if not self._left[shard]:
+            self._before_release()
             self._source.release(shard)
             self._prefetch(1)
 

@@ -43,6 +43,11 @@ class OpenedSource:
         self.remote.keep_in(scratch)
         return self.remote.peak_bytes
 
+    @property
+    def deletes(self) -> bool:
+        """Whether what was read of the source is deleted when it is released."""
+        return self.remote is not None and self.remote.deletes
+
     @contextmanager
     def fetching(self) -> Iterator[None]:
         """While weights are fetched; what lay in `scratch` is gone afterwards if all went well."""

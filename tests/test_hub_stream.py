@@ -161,6 +161,60 @@ def test_a_killed_run_is_resumed_without_fetching_twice(
     assert _equal(stored_tensors(out), stored_tensors(reference))
 
 
+def _interrupted(ref: str, out: Path, recipe: Recipe, part: float) -> None:
+    """Convert, going on from where the last attempt ended, until `part` of the source has been read."""
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done >= part * total:
+            raise HubError("the line was cut.")
+
+    with pytest.raises(HubError, match="cut"):
+        glmquant.convert(ref, out, recipe, resume=True, progress=stop)
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(), Recipe(method="rtn", max_shard_size=300_000)], ids=["one shard", "many"]
+)
+def test_what_was_quantized_is_not_fetched_again(
+    server: HubServer, ref: str, source: Path, tmp_path: Path, recipe: Recipe
+) -> None:
+    """Shards of the source are deleted when they are done with, in the middle of a shard of the result too."""
+    out, undisturbed, shards = tmp_path / "out", tmp_path / "undisturbed", _shards(source)
+    glmquant.convert(source, undisturbed, recipe)
+    for part in (0.3, 0.5, 0.9):
+        _interrupted(ref, out, recipe, part)
+    fetched = partial_of(out) / ".glmquant-source"
+    assert not (fetched / shards[0].name).exists()
+    server.requests.clear()
+    glmquant.convert(ref, out, recipe, resume=True)
+    for shard in shards[:3]:
+        assert server.file_bytes(shard.name) < 140 << 10  # its header
+    assert glmquant.verify(out).ok
+    results = [{p.name: p.read_bytes() for p in f.glob("*.safetensors")} for f in (out, undisturbed)]
+    assert results[0] == results[1]
+    reports = [json.loads((f / REPORT).read_text())["tensors"] for f in (out, undisturbed)]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("harm", ["changed", "cut", "gone"])
+def test_a_beginning_that_is_not_as_it_was_is_made_again(
+    server: HubServer, source: Path, tmp_path: Path, harm: str
+) -> None:
+    server.add("org/model").commit_folder(source)
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    _interrupted("hf:org/model", out, Recipe(), 0.9)
+    begun = json.loads((partial_of(out) / ".glmquant-journal.json").read_text())["begun"]
+    file = partial_of(out) / begun["file"]
+    data = bytearray(file.read_bytes())
+    data[begun["bytes"] // 2] ^= 1
+    file.write_bytes(data if harm == "changed" else data[: begun["bytes"] // 2])
+    if harm == "gone":
+        file.unlink()
+    glmquant.convert("hf:org/model", out, Recipe(), resume=True)
+    glmquant.convert(source, undisturbed, Recipe())
+    assert (out / file.name).read_bytes() == (undisturbed / file.name).read_bytes()
+
+
 class _PowerCut(BaseException):
     """No client takes it for a failure that is worth another try."""
 

@@ -69,7 +69,7 @@ class _BlockFile:
 
 
 class BlockWriter:
-    """A new file, filled from its beginning to its end.
+    """A file, filled from its beginning to its end; a new one, or one whose first `begun` bytes are to stay.
 
     Blocks are written in the background, and behind that read back and compared with what is still in memory. Every
     method may raise what failed there: an `OSError`, or a `VerificationError` if a block came back different.
@@ -78,16 +78,19 @@ class BlockWriter:
         size: bytes given to `write`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, begun: int = 0) -> None:
         self._path = path
-        self._file = _BlockFile(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self._file = _BlockFile(path, os.O_RDWR | (0 if begun else os.O_CREAT | os.O_TRUNC))
         self._empty = deque(mmap.mmap(-1, BLOCK) for _ in range(_BUFFERS))
         self._filled = 0  # bytes of the first empty one
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="glmquant-write")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="glmquant-read-back")
         self._read_back = mmap.mmap(-1, BLOCK)
         self._under_way: deque[tuple[mmap.mmap, Future[None]]] = deque()
-        self.size = 0
+        self.size = begun
+        if begun % BLOCK:
+            self._filled = begun % BLOCK
+            self._file.read(self._empty[0], begun - self._filled)
 
     def write(self, data: memoryview) -> None:
         """Append bytes, which are copied; waits while all blocks are under way."""
@@ -139,6 +142,16 @@ class BlockWriter:
                 f"{self._path.name} reads back differently from what was written; the disk or the memory of this "
                 "machine is faulty. OUT was not created."
             )
+
+    def flush(self) -> None:
+        """Have on the disk all that was given to `write`; what follows overwrites nothing of it with anything else."""
+        while self._under_way:
+            self._receive()
+        if self._filled:
+            buffer, offset = self._empty[0], self.size - self._filled
+            written = self._writer.submit(self._put, buffer, self._filled, offset)
+            self._reader.submit(self._compare, written, buffer, self._filled, offset).result()
+        os.fsync(self._file.fd)
 
     def finish(self) -> None:
         """Write the rest; returns when the whole file is on the disk."""

@@ -48,6 +48,7 @@ class OutputFolder:
     Attributes:
         partial: where to write until `commit`.
         finished: journal entries of the shards that an earlier run finished, by file name.
+        begun: the journal's entry of the shard after these, if an earlier run left the beginning of it.
         fetched: where files of the source may be kept; what is there is resumed like everything else.
         calibrated: where calibration may keep the blocks that it is done with; the same.
     """
@@ -59,6 +60,7 @@ class OutputFolder:
         self.fetched = self.partial / _FETCHED
         self.calibrated = self.partial / _CALIBRATED
         self.finished: dict[str, Any] = {}
+        self.begun: dict[str, Any] | None = None
         self._digest, self._resume, self._force = digest, resume, force
         self._lock = FileLock(self.partial / _LOCK)
 
@@ -76,14 +78,20 @@ class OutputFolder:
         except OSError as error:
             raise write_error(self.partial, error) from None
         try:
-            self.finished = self._resumable()
+            self.finished, self.begun = self._resumable()
         except BaseException:
             self._lock.release()  # and nothing else: somebody's work is in there
             raise
         try:
             _empty(
                 self.partial,
-                keep={_LOCK, _JOURNAL, *self.finished, *([_FETCHED, _CALIBRATED] if self._resume else [])},
+                keep={
+                    _LOCK,
+                    _JOURNAL,
+                    *self.finished,
+                    *([self.begun["file"]] if self.begun else []),
+                    *([_FETCHED, _CALIBRATED] if self._resume else []),
+                },
             )
             self._write_journal()
         except BaseException as error:
@@ -110,7 +118,7 @@ class OutputFolder:
         """
         if self.calibrated.exists() and isinstance(error, OutputError):
             return True  # hours of work, and the disk is full
-        begun = self.fetched.exists() or self.calibrated.exists()
+        begun = self.begun is not None or self.fetched.exists() or self.calibrated.exists()
         return begun and (isinstance(error, HubError) or not isinstance(error, Exception))
 
     def _check_partial(self) -> None:
@@ -125,22 +133,23 @@ class OutputFolder:
                 "move it away or choose another OUT."
             )
 
-    def _resumable(self) -> dict[str, Any]:
-        """Journal entries of an interrupted run that was asked for the same thing."""
+    def _resumable(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Journal entries of an interrupted run that was asked for the same thing: of whole shards, and a begun one."""
         journal = self.partial / _JOURNAL
         if not self._resume or not journal.exists():
-            return {}
+            return {}, None
         try:
             state = json.loads(journal.read_text())
             shards, digest = dict(state["shards"]), state["digest"]
+            begun = dict(state["begun"]) if state.get("begun") else None
         except (OSError, ValueError, KeyError, TypeError):
-            return {}  # a damaged journal vouches for nothing
+            return {}, None  # a damaged journal vouches for nothing
         if digest != self._digest:
             raise OutputError(
                 f"{self.partial} was begun with other options or from another source; run the command that "
                 "began it with --resume, or without --resume to start over."
             )
-        return shards
+        return shards, begun
 
     def forget(self, file: str) -> None:
         """Drop a shard that turned out not to be whole."""
@@ -151,11 +160,18 @@ class OutputFolder:
     def record(self, file: str, entry: Any) -> None:
         """Enter a whole shard into the journal."""
         self.finished[file] = entry
+        self.begun = None
+        self._write_journal()
+
+    def record_begun(self, entry: dict[str, Any] | None) -> None:
+        """Enter the beginning of a shard (``file``, and whatever it takes to go on), or that there is none."""
+        self.begun = entry
         self._write_journal()
 
     def _write_journal(self) -> None:
+        state = {"digest": self._digest, "shards": self.finished, "begun": self.begun}
         fresh = self.partial / (_JOURNAL + ".new")
-        write_synced(fresh, json.dumps({"digest": self._digest, "shards": self.finished}).encode())
+        write_synced(fresh, json.dumps(state).encode())
         fresh.replace(self.partial / _JOURNAL)
 
     def commit(self) -> None:

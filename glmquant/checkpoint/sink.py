@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from .._hashing import feed
 from .blocks import BlockWriter
 from .output import write_error
 from .source import ITEM_SIZES, torch_dtype
@@ -104,6 +105,34 @@ class ShardLayout:
         return len(self.header()) + sum(t.nbytes for t in self.tensors)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """The beginning of a shard that is whole up to the end of a tensor.
+
+    Attributes:
+        file: the shard's.
+        nbytes: how much of it is there.
+        hash: SHA-256 of that.
+    """
+
+    file: str
+    nbytes: int
+    hash: hashlib._Hash
+
+
+def begun_shard(path: Path, nbytes: int, sha256: str) -> Begun | None:
+    """What an interrupted run has written of a shard; None if it is not there as it was."""
+    digest = hashlib.sha256()
+    try:
+        if nbytes <= 0 or path.stat().st_size < nbytes:
+            return None
+        with path.open("rb") as file:
+            feed(digest, file, 0, nbytes)
+    except OSError:
+        return None
+    return Begun(path.name, nbytes, digest) if digest.hexdigest() == sha256 else None
+
+
 class TensorSink(Protocol):
     """Where quantized rows go."""
 
@@ -117,15 +146,22 @@ class TensorSink(Protocol):
 class _OpenShard:
     """The shard being written: an appending file, its running hash, and rows that came before their turn."""
 
-    def __init__(self, path: Path, layout: ShardLayout) -> None:
+    def __init__(self, path: Path, layout: ShardLayout, begun: Begun | None = None) -> None:
         self.layout = layout
-        self._file = BlockWriter(path)
-        self._hash = hashlib.sha256()
+        self._file = BlockWriter(path, begun.nbytes if begun else 0)
+        self._hash = begun.hash if begun else hashlib.sha256()
         self._order = layout.in_file_order()
         self._turn = 0
         self._written = 0  # bytes of the tensor whose turn it is
         self._waiting: dict[str, list[memoryview]] = {t.name: [] for t in self._order}
-        self._emit(memoryview(layout.header()))
+        if begun is None:
+            self._emit(memoryview(layout.header()))
+            return
+        left = begun.nbytes - len(layout.header())
+        while left > 0:
+            left -= self._order[self._turn].nbytes
+            self._turn += 1
+        assert left == 0
 
     def write(self, name: str, data: memoryview) -> None:
         self._waiting[name].append(data)
@@ -145,6 +181,18 @@ class _OpenShard:
     def _emit(self, data: memoryview) -> None:
         self._hash.update(data)
         self._file.write(data)
+
+    def is_written(self, name: str) -> bool:
+        """Whether a tensor is in the file."""
+        return any(tensor.name == name for tensor in self._order[: self._turn])
+
+    def begun(self) -> tuple[int, str] | None:
+        """Bytes that are on the disk for good, and their SHA-256; None while rows wait for their turn."""
+        open_ones = (t for t in self._order[self._turn :] if t.constant is None)
+        if self._written or any(self._waiting[tensor.name] for tensor in open_ones):
+            return None
+        self._file.flush()
+        return self._file.size, self._hash.hexdigest()
 
     @property
     def complete(self) -> bool:
@@ -167,6 +215,7 @@ class ShardedSink:
         folder: an existing folder.
         shards: what will be written, in writing order.
         finished: shards that are whole already, with their SHA-256; rows for them are not expected.
+        begun: the beginning of the first of the others, if it is there already.
         on_shard: called with file name and SHA-256 when a shard is whole and on disk.
     """
 
@@ -176,6 +225,7 @@ class ShardedSink:
         shards: Sequence[ShardLayout],
         *,
         finished: Mapping[str, str] | None = None,
+        begun: Begun | None = None,
         on_shard: Callable[[str, str], None] = lambda file, sha256: None,
     ) -> None:
         self._folder = folder
@@ -183,6 +233,7 @@ class ShardedSink:
         self._on_shard = on_shard
         self._todo = [shard for shard in shards if shard.file not in self._hashes]
         self._needed = sum(shard.nbytes for shard in self._todo)
+        self._begun = begun
         self._current: _OpenShard | None = None
         self._transposed: dict[str, _Transposed] = {}
 
@@ -212,9 +263,10 @@ class ShardedSink:
 
     def _start(self) -> _OpenShard:
         layout = self._todo.pop(0)
-        self._current = _OpenShard(self._folder / layout.file, layout)
+        begun = self._begun if self._begun is not None and self._begun.file == layout.file else None
+        self._current = _OpenShard(self._folder / layout.file, layout, begun)
         for tensor in layout.in_file_order():
-            if tensor.constant is not None:
+            if tensor.constant is not None and not self._current.is_written(tensor.name):
                 self._current.write(tensor.name, _constant_bytes(tensor))
         return self._current
 
@@ -222,6 +274,21 @@ class ShardedSink:
         self._hashes[shard.layout.file] = shard.finish()
         self._current = None
         self._on_shard(shard.layout.file, self._hashes[shard.layout.file])
+
+    def begun(self) -> tuple[str, int, str] | None:
+        """File, bytes and SHA-256 of what is on the disk of the shard being written, if an interrupted run could go on
+        from there.
+
+        Raises:
+            OutputError: the disk is full or refuses to write.
+        """
+        if self._current is None or self._transposed:
+            return None
+        try:
+            found = self._current.begun()
+        except OSError as error:
+            raise write_error(self._folder, error, self._needed) from None
+        return (self._current.layout.file, *found) if found else None
 
     def close(self) -> dict[str, str]:
         """Finish; returns the SHA-256 of every shard by file name.

@@ -90,6 +90,11 @@ class HubSource:
         repository = self.repository
         return [repository.files[s].size for s in self.weights.shards if repository.cached(s) is None]
 
+    @property
+    def deletes(self) -> bool:
+        """Whether `release` deletes what was fetched."""
+        return self._scratch is not None
+
     def prefetch(self, shard: str) -> None:
         """See `TensorSource`."""
         with self._lock:
