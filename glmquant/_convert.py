@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _native, formats
 from ._card import folder_card
+from ._flow import SourceShards, in_order
 from ._hashing import BackgroundHasher, sha256
 from ._open import OpenedSource, PathLike, open_source
 from ._report import build_report, item_entry
@@ -22,7 +21,6 @@ from ._version import __version__
 from ._workers import cores, tuned_for_blocks
 from .checkpoint.output import CARD, REPORT, OutputFolder, check_out, write_synced
 from .checkpoint.sink import Begun, ShardedSink, ShardLayout, begun_shard
-from .checkpoint.source import TensorSource
 from .errors import OutputError, UsageError
 from .plan import Plan, make_plan
 from .recipe import Recipe, show_size
@@ -30,7 +28,7 @@ from .recipe import Recipe, show_size
 if TYPE_CHECKING:
     from ._calibrate import CalibrationText
     from ._device import Gpu
-    from ._quantize import Task, TaskResult
+    from ._quantize import Task
     from ._sensitivity import Measurement
 
 Progress = Callable[[int, int, str], None]
@@ -240,7 +238,7 @@ def _write_weights(
                 done, plan.source_nbytes, f"fetching {shard}, {100 * got // max(1, size)} %"
             )
         )
-    shards = _SourceShards(opened.source, todo, keep_what_is_done)
+    shards = SourceShards(opened.source, todo, keep_what_is_done)
     prepared: Iterable[Task] = todo
     if text is not None:
         from ._calibrate import Calibrator
@@ -256,7 +254,7 @@ def _write_weights(
         ).prepared(todo)
     error = _quantize.ItemError()
     try:
-        for task, result in _in_order(
+        for task, result in in_order(
             prepared,
             workers,
             lambda t: _quantize.run(t, opened.source, quantizer, fmt, gpu),
@@ -299,61 +297,6 @@ def _hints(plan: Plan, gpu: Gpu | None, idle: str | None) -> Iterator[str]:
     slow = _native.why_not() if plan.recipe.method and gpu is None else None
     if slow is not None:
         yield f"worked without compiled kernels: {slow}."
-
-
-class _SourceShards:
-    """Tells the source which shards come next and which are done with."""
-
-    def __init__(self, source: TensorSource, todo: list[Task], before_release: Callable[[], None]) -> None:
-        self._source, self._before_release = source, before_release
-        infos = source.infos()
-        self._shard = {task.item.source: infos[task.item.source].shard for task in todo}
-        self._left = Counter(self._shard[task.item.source] for task in todo)
-        self._ahead = deque(dict.fromkeys(self._shard[task.item.source] for task in todo))
-        self._prefetch(2)
-
-    def _prefetch(self, count: int) -> None:
-        for _ in range(min(count, len(self._ahead))):
-            self._source.prefetch(self._ahead.popleft())
-
-    def done(self, task: Task) -> None:
-        """One more task has been worked on."""
-        shard = self._shard[task.item.source]
-        self._left[shard] -= 1
-        if not self._left[shard]:
-            self._before_release()
-            self._source.release(shard)
-            self._prefetch(1)
-
-
-def _in_order(
-    todo: Iterable[Task], workers: int, work: Callable[[Task], TaskResult], abandon: Callable[[], None]
-) -> Iterator[tuple[Task, TaskResult]]:
-    """Results of `work` in the order of `todo`, a few tasks ahead of the caller; without threads for one worker.
-
-    `abandon` is called if it ends early: workers may be waiting for what will not be needed.
-    """
-    if workers == 1:
-        for task in todo:
-            yield task, work(task)
-        return
-    with ThreadPoolExecutor(workers, thread_name_prefix="glmquant-work") as pool:
-        ahead: deque[tuple[Task, Future[TaskResult]]] = deque()
-        try:
-            for task in todo:
-                ahead.append((task, pool.submit(work, task)))
-                if len(ahead) > 2 * workers:
-                    first, future = ahead.popleft()
-                    yield first, future.result()
-            while ahead:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        except BaseException:
-            abandon()
-            raise
-        finally:
-            for _, future in ahead:
-                future.cancel()
 
 
 def _calibration_text(plan: Plan, opened: OpenedSource) -> CalibrationText | None:
