@@ -170,8 +170,7 @@ class HuggingFace(Repository):
                 ) from None
             raise HubError(
                 f"{self.endpoint} answered HTTP {status} for {file or ref.name}"
-                f"{' (too many requests)' if status == 429 else ''}; run the same command again later, what has been "
-                "fetched is kept."
+                f"{' (too many requests)' if status == 429 else ''}; later, {self.advice}."
             ) from None
         except (httpx2.HTTPError, errors.OfflineModeIsEnabled) as error:
             raise self._unreachable(error) from None
@@ -190,7 +189,7 @@ class HuggingFace(Repository):
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         return HubError(
             f"{self.endpoint} cannot be reached ({reason}); check the network, or name a mirror with --endpoint or "
-            f"HF_ENDPOINT{self.ref.elsewhere}. Run the same command again to go on: what has been fetched is kept."
+            f"HF_ENDPOINT{self.ref.elsewhere}. Then {self.advice}."
         )
 
 

@@ -142,14 +142,12 @@ class ModelScope(Repository):
             reason = type(error.__cause__ or error).__name__
             raise HubError(
                 f"{self.endpoint} cannot be reached ({reason}); check the network, or name another address with "
-                f"--endpoint or MODELSCOPE_ENDPOINT{ref.elsewhere}. Run the same command again to go on: what has been "
-                "fetched is kept."
+                f"--endpoint or MODELSCOPE_ENDPOINT{ref.elsewhere}. Then {self.advice}."
             ) from None
         except errors.APIError as error:
             raise HubError(
                 f"{self.endpoint} answered HTTP {error.status_code} for {file or ref.name}"
-                f"{' (too many requests)' if error.status_code == 429 else ''}; run the same command again later, what "
-                "has been fetched is kept."
+                f"{' (too many requests)' if error.status_code == 429 else ''}; later, {self.advice}."
             ) from None
         except errors.HubError as error:
             raise HubError(f"{ref} cannot be downloaded from {self.endpoint} ({error}).") from None

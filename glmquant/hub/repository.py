@@ -60,12 +60,14 @@ class Repository(ABC):
         endpoint: the hub's address.
         commit: what the revision was when it was looked up.
         files: by name, as listed.
+        advice: how to go on after what was not the user's fault; ends a sentence.
     """
 
     def __init__(self, ref: Ref, endpoint: str) -> None:
         self.ref, self.endpoint = ref, endpoint
         self.commit = ""
         self.files: Mapping[str, RemoteFile] = {}
+        self.advice = "run the same command again to go on: what has been fetched is kept"
 
     @abstractmethod
     def cached(self, name: str) -> Path | None:

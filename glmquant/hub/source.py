@@ -72,7 +72,12 @@ class HubSource:
             OutputError: the cache has no room for them.
         """
         self._scratch = scratch
-        if scratch is None:
+        if scratch is not None:
+            self.repository.advice = (
+                "run the same command with --resume to go on from the whole files that were written; without it "
+                "everything is fetched again"
+            )
+        else:
             check_room(self.missing_bytes, self.folder)
 
     @property
