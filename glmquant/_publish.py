@@ -89,7 +89,7 @@ def publish(
         {*report["files"], REPORT, CARD, *([EVALUATION] if (folder / EVALUATION).is_file() else [])}
     )
     for name in names:
-        check_name(name, ref)
+        check_name(name, folder / REPORT, "nothing was published")
     sizes = {name: len(card) if name == CARD else (folder / name).stat().st_size for name in names}
     notes = list(_notes(folder, names, ours))
     if dry_run:

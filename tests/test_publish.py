@@ -12,7 +12,7 @@ from helpers_convert import content, flip_byte, run_cli, small_source, start_cli
 from hub import TOKEN, Fault, HubServer
 
 import glmquant
-from glmquant import HubError, Recipe, UsageError, VerificationError
+from glmquant import HubError, Recipe, SourceError, UsageError, VerificationError
 from glmquant._card import folder_card
 from glmquant.checkpoint.output import CARD, EVALUATION, REPORT
 
@@ -79,6 +79,18 @@ def test_the_card_names_where_it_is(to: str, out: Path) -> None:
     assert "quantized_by: me" in card
     assert f'from_pretrained("{NAME if hub == "hf" else "OUT"}")' in card
     assert ("modelscope download" in card) == (hub == "ms")
+
+
+def test_a_gguf_file_comes_back_identical(server: HubServer, to: str, tmp_path: Path) -> None:
+    out = tmp_path / "gguf"
+    glmquant.convert(small_source(tmp_path / "source"), out, Recipe(format="gguf", method="rtn"))
+    glmquant.publish(out, to)
+    folder = glmquant.download(to, local_dir=tmp_path / "again").folder
+    assert {name: (folder / name).read_bytes() for name in content(out)} == content(out)
+    assert glmquant.verify(folder).ok
+    assert glmquant.verify(to).ok
+    with pytest.raises(SourceError, match=r"a GGUF file.*glmquant download"):
+        glmquant.inspect(to)
 
 
 def test_a_second_time_nothing_is_sent(server: HubServer, to: str, out: Path) -> None:

@@ -47,6 +47,13 @@ class HuggingFace(Repository):
         self.commit = info.sha
         self.files = {s.rfilename: listed(s, ref) for s in info.siblings or ()}
 
+    @property
+    def cache(self) -> Path:
+        """See `Repository`."""
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE)
+
     def cached(self, name: str) -> Path | None:
         """See `Repository`."""
         path = cached_file(self.ref.name, name, self.commit)

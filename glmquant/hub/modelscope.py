@@ -54,10 +54,17 @@ class ModelScope(Repository):
     def _page(self) -> str:
         return f"{self.endpoint}/models/{self.ref.name}"
 
-    def cached(self, name: str) -> Path | None:
+    @property
+    def cache(self) -> Path:
         """See `Repository`."""
+        from modelscope_hub.config import get_default_config
+
+        return Path(get_default_config().cache_dir)
+
+    def cached(self, name: str) -> Path | None:
+        """See `Repository`; what lies there may be of an earlier commit, so it is hashed."""
         path = cached_file(self._api, self.ref.name, name, self._revision)
-        return path if path is not None and path.stat().st_size == self.files[name].size else None
+        return path if path is not None and self.is_whole(name, path) else None
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """See `Repository`."""
