@@ -339,7 +339,9 @@ def test_an_index_that_points_outside(shard: str, server: HubServer, ref: str) -
     assert server.file_bytes("evil") == 0
 
 
-@pytest.mark.parametrize("shard", ["a\nb.safetensors", "\x1b[2Jx.safetensors", "x\u202e.safetensors"], ids=repr)
+@pytest.mark.parametrize(
+    "shard", ["a\nb.safetensors", "\x1b[2Jx.safetensors", "x\u202e.safetensors"], ids=repr
+)
 def test_an_index_with_control_characters(shard: str, server: HubServer, ref: str, tmp_path: Path) -> None:
     index = {"weight_map": {"x": shard}}
     repository = server.repositories["org/model"]

@@ -154,7 +154,8 @@ def fetch_all(
     if folder is not None:
         repository.refuse_to_replace((f.name for f in files), folder)
         check_room(
-            sum(f.size - bytes_begun(folder / f.name) for f in files if not (folder / f.name).exists()), folder
+            sum(f.size - bytes_begun(folder / f.name) for f in files if not (folder / f.name).exists()),
+            folder,
         )
     else:
         # What the clients keep of a broken download in their caches is not counted on.
