@@ -7,6 +7,7 @@ folder gives the same bytes. Licences are repeated as the source states them, ne
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .checkpoint.output import CARD, EVALUATION, REPORT, is_sealed, replace_file
 from .checkpoint.source import open_folder
 from .errors import SourceError
 from .memory import Model, Workload, estimate
-from .recipe import scheme_name, show_size
+from .recipe import Recipe, scheme_name, show_size
 
 _PAGES = {"hf": "https://huggingface.co/", "ms": "https://modelscope.cn/models/"}
 _LICENCE_FILES = ("MODEL_LICENSE", "LICENSE", "NOTICE")  # the first is that of the weights
@@ -103,8 +104,16 @@ def _lines(
     yield ""
     quantized = recipe["bits"] != 16 or recipe.get("fit")
     made = f"quantized to {scheme}" if quantized else "in 16 bit, in a layout that needs no remote code"
-    link = f"[{base}]({_PAGES[hub or _hub_of(source)]}{base})" if base else called
-    yield f"{link}, {made}, made with [glmquant](#provenance) {report['glmquant']}."
+    if base:
+        subject = f"[{base}]({_PAGES[hub or _hub_of(source)]}{base})"
+    else:
+        told = ""
+        if "repository" in source:
+            told = f", `{source['repository']}`"
+        elif "name" in source:
+            told = f" (the config.json of its source names `{source['name']}`)"
+        subject = f"{called}{told}"
+    yield f"{subject}, {made}, made with [glmquant](#provenance) {report['glmquant']}."
     yield from ("", "| | |", "|---|---|")
     rows = [
         ("weights", f"{scheme}; embeddings {_end(recipe, 'embeddings')}, output head {_end(recipe, 'head')}"),
@@ -134,9 +143,13 @@ def _scheme(recipe: Mapping[str, Any]) -> str:
         return "16 bit"
     group = recipe["group_size"]
     kind = "" if recipe["symmetric"] else ", asymmetric"
-    return scheme_name(recipe["bits"], group).upper().partition(" ")[0] + (
-        f", one scale per row{kind}" if group == "row" else f", groups of {group}{kind}"
-    )
+    name = scheme_name(recipe["bits"], group).upper().partition(" ")[0]
+    if recipe["format"] == "bitsandbytes" and recipe["bits"] == 4:
+        name = "NF4"
+        kind = ", scales quantized too" if recipe.get("double_quant") else ""
+    if recipe.get("activations"):
+        name, kind = "W8A8: INT8 weights", f", activations rounded to {recipe['activations']} bit"
+    return name + (f", one scale per row{kind}" if group == "row" else f", groups of {group}{kind}")
 
 
 def _end(recipe: Mapping[str, Any], end: str) -> str:
@@ -150,12 +163,17 @@ def _hub_of(source: Mapping[str, Any]) -> str:
 
 
 def _base(source: Mapping[str, Any], hub: str | None) -> str | None:
-    """The name of the source on the hub it is to be published on, as far as that is known."""
+    """The name of the source on the hub it is to be published on, where it came from a hub and that is known.
+
+    What config.json of a folder calls itself is not enough: after a fine-tune it is often still the name of its base.
+    """
     repository = str(source.get("repository", "")).partition(":")[2]
-    if repository and hub in (None, _hub_of(source)):
-        return repository
-    name = source.get("name")
-    return str(name) if name else None
+    return repository if repository and hub in (None, _hub_of(source)) else None
+
+
+def states_base(report: Mapping[str, Any], hub: str) -> bool:
+    """Whether the card of what is published on `hub` says which model it was made from."""
+    return _base(report["source"], hub) is not None
 
 
 def _front_matter(report: Mapping[str, Any], hub: str | None, name: str | None) -> dict[str, Any]:
@@ -179,10 +197,16 @@ def _front_matter(report: Mapping[str, Any], hub: str | None, name: str | None) 
     if quantized:
         tags += [
             "quantized",
-            *([] if recipe.get("fit") else [f"int{recipe['bits']}", f"{recipe['bits']}-bit"]),
+            *([] if recipe.get("fit") else [_kind_tag(recipe), f"{recipe['bits']}-bit"]),
         ]
     front["tags"] = list(dict.fromkeys(tags))
     return front
+
+
+def _kind_tag(recipe: Mapping[str, Any]) -> str:
+    if recipe.get("activations"):
+        return f"w{recipe['bits']}a{recipe['activations']}"
+    return "nf4" if recipe["format"] == "bitsandbytes" and recipe["bits"] == 4 else f"int{recipe['bits']}"
 
 
 def _licence_fields(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,13 +381,24 @@ def _options(report: Mapping[str, Any]) -> str:
     if fit:
         options = [f"--fit {fit['budget']} --context {fit['context']} --batch {fit['batch']}"]
     else:
-        options = [f"--bits {recipe['bits']}"]
+        options = [
+            f"--bits w8a{recipe['activations']}" if recipe.get("activations") else f"--bits {recipe['bits']}"
+        ]
         options += [f"--group-size {recipe['group_size']}"] if recipe["group_size"] is not None else []
         options += [] if recipe["symmetric"] else ["--asymmetric"]
-    options += [f"--method {recipe['method']}"] if recipe["method"] else []
+    # That of bitsandbytes goes without saying: the command line has no name for it.
+    options += [f"--method {recipe['method']}"] if recipe["method"] not in (None, "bitsandbytes") else []
     options += [f"--format {recipe['format']} --layout {recipe['layout']}"]
     options += [
         f"--{key.replace('_', '-')}" for key in ("quantize_head", "quantize_embeddings") if recipe[key]
     ]
+    options += [f"--gptq-version {recipe['gptq_version']}"] if recipe.get("gptq_version") else []
+    options += ["--double-quant"] if recipe.get("double_quant") else []
+    calibration = recipe.get("calibration")
+    if calibration:
+        options += [f"--calibration {shlex.quote(calibration['text'])}"] if calibration["text"] else []
+        options += [f"--calibration-windows {calibration['windows']}"]
+    size = recipe.get("max_shard_size", Recipe.max_shard_size)
+    options += [f"--max-shard-size {size}"] if size != Recipe.max_shard_size else []
     options += ["--adapter LORA"] if report["source"]["adapter"] else []
     return " ".join(options)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import hub
-from ._card import folder_card, stated_licence, written_by_us
+from ._card import folder_card, stated_licence, states_base, written_by_us
 from ._hashing import sha256
 from ._verify import verify
 from .checkpoint.files import read_json
@@ -89,10 +89,15 @@ def publish(
         {*report["files"], REPORT, CARD, *([EVALUATION] if (folder / EVALUATION).is_file() else [])}
     )
     for name in names:
-        check_name(name, ref)
+        check_name(name, folder / REPORT, "nothing was published")
     sizes = {name: len(card) if name == CARD else (folder / name).stat().st_size for name in names}
     notes = list(_notes(folder, names, ours))
+    if ours and not states_base(report, ref.hub):
+        notes.append(
+            f"the card names no base_model, because SOURCE was not on this hub; add it to {CARD} if you know it"
+        )
     if dry_run:
+        notes.append(f"if {ref} holds another {CARD} already, this one replaces it")
         return Publication(ref, None, None, card.decode(errors="replace"), sizes, tuple(notes))
     target = open_target(ref, endpoint, token)
     if ours:
@@ -106,6 +111,8 @@ def publish(
     hashes.update({name: sha256(folder / name) for name in names if name not in hashes})
     before = target.files()
     _refuse_others(before, folder, hashes, f"{target.page}")
+    if CARD in before and not _same(before[CARD], folder / CARD, hashes[CARD]):
+        notes.append(f"the {CARD} that {target.page} held was replaced")
     missing = [name for name in names if not _same(before.get(name), folder / name, hashes[name])]
     commit = target.upload(folder, missing) if missing else None
     after = target.files()

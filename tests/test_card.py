@@ -60,7 +60,9 @@ OTHER = {"license": "other"}
 
 
 def test_what_hubs_index(tmp_path: Path) -> None:
-    data, text = card_of(tmp_path, source_of(tmp_path, GLM4, "LICENSE", _name_or_path="THUDM/glm-4-9b-chat"))
+    card_of(tmp_path, source_of(tmp_path, GLM4, "LICENSE"))
+    text = published_card(tmp_path / "out", repository="hf:THUDM/glm-4-9b-chat")
+    data = front(text)
     assert {
         key: data[key] for key in ("base_model", "base_model_relation", "library_name", "pipeline_tag")
     } == {
@@ -76,6 +78,64 @@ def test_what_hubs_index(tmp_path: Path) -> None:
     assert "thudm" not in data["tags"]
     assert "`glm-4`" in text
     assert "[LICENSE](LICENSE)" in text
+
+
+def published_card(out: Path, hub: str | None = None, **source: str) -> str:
+    """The card of a folder as if its source had been another one."""
+    report = json.loads((out / REPORT).read_text())
+    report["source"].update(source)
+    (out / REPORT).write_text(json.dumps(report))
+    return folder_card(out, hub, "me/model" if hub else None).decode()
+
+
+def test_a_base_is_stated_only_where_it_is_known(tmp_path: Path) -> None:
+    """Fine-tunes keep the name of their base in config.json; pages of one hub are not those of the other."""
+    data, text = card_of(tmp_path, source_of(tmp_path, _name_or_path="THUDM/chatglm3-6b"))
+    assert not {"base_model", "base_model_relation"} & data.keys()
+    assert "the config.json of its source names `THUDM/chatglm3-6b`" in text
+    assert "that of THUDM" not in text
+    text = published_card(tmp_path / "out", "ms", repository="hf:me/tuned")
+    assert not {"base_model", "base_model_relation"} & front(text).keys()
+    assert "modelscope.cn/models/me/tuned" not in text
+    assert "`hf:me/tuned`" in text
+    assert front(published_card(tmp_path / "out", "hf"))["base_model"] == "me/tuned"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said", "option"),
+    [
+        (Recipe(bits=8, activations=8), "W8A8: INT8 weights, one scale per row, activations rounded to 8 bit", "--bits w8a8 "),
+        (Recipe(format="gptq", gptq_version=2, method="rtn"), "INT4, groups of 128", "--gptq-version 2"),
+        (Recipe(format="bitsandbytes"), "NF4, groups of 64", "--format bitsandbytes"),
+        (Recipe(format="bitsandbytes", double_quant=True), "NF4, groups of 64, scales quantized too", "--double-quant"),
+        (Recipe(method="rtn", max_shard_size=700_000), "INT4", "--max-shard-size 700000"),
+    ],
+    ids=["w8a8", "gptq-2", "nf4", "double-quant", "shards"],
+)  # fmt: skip
+def test_the_command_has_every_option(tmp_path: Path, recipe: Recipe, said: str, option: str) -> None:
+    if recipe.format == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
+    source = source_of(tmp_path)
+    data, text = card_of(tmp_path, source, recipe)
+    assert said in text
+    assert option in text
+    assert ("int4" in data["tags"]) == said.startswith("INT4")
+    (line,) = [line for line in text.splitlines() if line.startswith("glmquant convert SOURCE OUT")]
+    command = line.replace("SOURCE", str(source)).replace("OUT", str(tmp_path / "again")).split()[1:]
+    assert run_cli(*command).returncode == 0
+    assert (tmp_path / "again" / REPORT).read_bytes() == (tmp_path / "out" / REPORT).read_bytes()
+
+
+def test_the_command_names_the_calibration(tmp_path: Path) -> None:
+    card_of(tmp_path, source_of(tmp_path))
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    report["recipe"] |= {
+        "method": "gptq",
+        "calibration": {"text": "my text.txt", "windows": 9, "window": 512},
+    }
+    (tmp_path / "out" / REPORT).write_text(json.dumps(report))
+    text = folder_card(tmp_path / "out").decode()
+    assert "--calibration 'my text.txt' --calibration-windows 9" in text
 
 
 @pytest.mark.parametrize(

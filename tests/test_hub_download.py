@@ -73,6 +73,41 @@ def test_patterns(ref: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hub", HUBS)
+def test_patterns_in_a_repository_without_a_model(hub: str, server: HubServer) -> None:
+    server.add("org/files").commit({"a.gguf": b"weights", "b.txt": b"words"})
+    found = glmquant.download(f"{hub}:org/files", include=["*.gguf"])
+    assert list(found.files) == ["a.gguf"]
+    assert (found.folder / "a.gguf").read_bytes() == b"weights"
+
+
+def test_a_cache_that_has_become_old_is_not_used(server: HubServer, ref: str) -> None:
+    """Files of the same size that have changed on the hub since, among those that are read without a download."""
+    config = (glmquant.download(ref).folder / "config.json").read_bytes()
+    changed = config.replace(b"1e-05", b"1e-06")
+    assert len(changed) == len(config)
+    assert changed != config
+    weights = server.repositories["org/model"].commits[server.repositories["org/model"].branches["main"]]
+    shard = bytes(weights[SHARD].data)[:-1] + b"\x01"
+    assert shard != weights[SHARD].data
+    server.repositories["org/model"].commit({"config.json": changed, SHARD: shard})
+    assert (local_folder(ref) / SHARD).read_bytes() == shard
+    assert (local_folder(ref) / "config.json").read_bytes() == changed
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "config.json", SHARD])
+def test_files_of_ones_own_are_not_replaced(name: str, server: HubServer, ref: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / name).write_text("mine")
+    with pytest.raises(OutputError, match=rf"{name} is there already.*--exclude {name}"):
+        glmquant.download(ref, local_dir=mine)
+    assert content(mine) == {name: b"mine"}
+    glmquant.download(ref, local_dir=mine, exclude=[name])
+    assert (mine / name).read_text() == "mine"
+    glmquant.download(ref, local_dir=mine, exclude=[name])  # what came before is not in the way
+
+
+@pytest.mark.parametrize("hub", HUBS)
 def test_a_cut_connection_is_resumed(hub: str, server: HubServer, source: Path) -> None:
     data = {**content(source), SHARD: (source / SHARD).read_bytes()}
     server.add("org/model").commit(data)
@@ -209,6 +244,20 @@ def test_without_room_nothing_is_fetched(server: HubServer, ref: str) -> None:
     assert server.file_bytes("00001-of") == 0
 
 
+def test_what_has_come_already_needs_no_room(
+    ref: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    whole = (source / SHARD).read_bytes()
+    (mine / f"{SHARD}.incomplete").write_bytes(whole[: len(whole) - 5000])
+    needed = sum(p.stat().st_size for p in source.iterdir()) - len(whole) + 5000
+    free = type("Usage", (), {"free": needed + 10_000})
+    monkeypatch.setattr("glmquant.hub.fetching.shutil.disk_usage", lambda place: free)
+    glmquant.download(ref, local_dir=mine)
+    assert (mine / SHARD).read_bytes() == whole
+
+
 def test_offline(server: HubServer, ref: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
@@ -288,6 +337,30 @@ def test_an_index_that_points_outside(shard: str, server: HubServer, ref: str) -
     with pytest.raises(UnsafeFileError, match="outside"):
         glmquant.download(ref)
     assert server.file_bytes("evil") == 0
+
+
+@pytest.mark.parametrize(
+    "shard", ["a\nb.safetensors", "\x1b[2Jx.safetensors", "x\u202e.safetensors"], ids=repr
+)
+def test_an_index_with_control_characters(shard: str, server: HubServer, ref: str, tmp_path: Path) -> None:
+    index = {"weight_map": {"x": shard}}
+    repository = server.repositories["org/model"]
+    repository.commit({"model.safetensors.index.json": json.dumps(index).encode(), shard: b"evil"})
+    for use in (glmquant.download, glmquant.inspect, lambda ref: glmquant.convert(ref, tmp_path / "out")):
+        with pytest.raises(UnsafeFileError, match="lists a file called"):
+            use(ref)
+    assert server.file_bytes("safetensors") == server.file_bytes("index.json")
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(shard)]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE-x"])
+def test_absurd_files_beside_the_weights(name: str, server: HubServer, ref: str, tmp_path: Path) -> None:
+    server.repositories["org/model"].commit({name: b"1"})
+    server.repositories["org/model"].listing[name] = {"size": 300 << 30}
+    for use in (glmquant.download, lambda ref: glmquant.convert(ref, tmp_path / "out")):
+        with pytest.raises(SourceError, match=f"{name} of {ref} has 300.00 GiB"):
+            use(ref)
+    assert not server.file_bytes(name)
 
 
 @pytest.mark.parametrize("size", [-1, 1 << 60, "many"], ids=repr)

@@ -262,8 +262,9 @@ def test_a_network_that_goes_away(
             broken.append(True)
             server.faults.append(Fault("model-0", status=503, times=-1))
 
-    with pytest.raises(HubError, match="run the same command again"):
+    with pytest.raises(HubError, match="run the same command with --resume") as caught:
         glmquant.convert(ref, tmp_path / "out", SMALL_SHARDS, progress=break_it)
+    assert "is kept" not in str(caught.value)  # only with --resume
     assert not (tmp_path / "out").exists()
     server.faults.clear()
     glmquant.convert(ref, tmp_path / "out", SMALL_SHARDS, resume=True)

@@ -12,7 +12,7 @@ from helpers_convert import content, flip_byte, run_cli, small_source, start_cli
 from hub import TOKEN, Fault, HubServer
 
 import glmquant
-from glmquant import HubError, Recipe, UsageError, VerificationError
+from glmquant import HubError, Recipe, SourceError, UnsafeFileError, UsageError, VerificationError
 from glmquant._card import folder_card
 from glmquant.checkpoint.output import CARD, EVALUATION, REPORT
 
@@ -79,6 +79,18 @@ def test_the_card_names_where_it_is(to: str, out: Path) -> None:
     assert "quantized_by: me" in card
     assert f'from_pretrained("{NAME if hub == "hf" else "OUT"}")' in card
     assert ("modelscope download" in card) == (hub == "ms")
+
+
+def test_a_gguf_file_comes_back_identical(server: HubServer, to: str, tmp_path: Path) -> None:
+    out = tmp_path / "gguf"
+    glmquant.convert(small_source(tmp_path / "source"), out, Recipe(format="gguf", method="rtn"))
+    glmquant.publish(out, to)
+    folder = glmquant.download(to, local_dir=tmp_path / "again").folder
+    assert {name: (folder / name).read_bytes() for name in content(out)} == content(out)
+    assert glmquant.verify(folder).ok
+    assert glmquant.verify(to).ok
+    with pytest.raises(SourceError, match=r"a GGUF file.*glmquant download"):
+        glmquant.inspect(to)
 
 
 def test_a_second_time_nothing_is_sent(server: HubServer, to: str, out: Path) -> None:
@@ -170,6 +182,26 @@ def test_only_what_convert_wrote(tmp_path: Path, out: Path, to: str, server: Hub
     assert "edited" in notes
     assert "secret.txt" not in held(server)
     assert held(server)[CARD] == (out / CARD).read_bytes()
+
+
+def test_a_card_that_is_replaced_is_told_of(server: HubServer, to: str, out: Path) -> None:
+    held_before = server.add(NAME, default="main" if to.startswith("hf") else "master")
+    held_before.commit({CARD: b"Written by hand."})
+    done = run_cli("publish", out, "--to", to, "--dry-run")
+    assert f"another {CARD} already, this one replaces it" in done.stdout
+    found = glmquant.publish(out, to)
+    assert f"the {CARD} that {found.page} held was replaced" in found.notes
+    assert any("no base_model" in note for note in found.notes)
+    assert not any("replaced" in note for note in glmquant.publish(out, to).notes)
+
+
+def test_names_in_a_report_that_no_file_has(out: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = json.loads((out / REPORT).read_text())
+    (out / "LICENSE\n").write_bytes((out / "LICENSE").read_bytes())
+    report["files"]["LICENSE\n"] = report["files"]["LICENSE"]
+    (out / REPORT).write_text(json.dumps(report))
+    with pytest.raises(UnsafeFileError, match="nothing was published"):
+        glmquant.publish(out, to)
 
 
 def test_without_a_token(server: HubServer, to: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def find_weights(folder: Path, listed: Container[str] | None = None) -> WeightFi
         if _is_there(folder, single, listed):
             check_inside(folder, single, "the checkpoint folder")
             return WeightFiles((single,), None)
-    if listed is None and _is_there(folder, GGUF_FILE, listed):
+    if _is_there(folder, GGUF_FILE, listed):
         check_inside(folder, GGUF_FILE, "the checkpoint folder")
         return WeightFiles((GGUF_FILE,), None)
     pieces = sorted(p.name for p in folder.glob("*-of-*") if p.suffix in (".safetensors", ".bin"))

@@ -10,11 +10,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Event, Lock
 
-from ..checkpoint.files import BIN_INDEX, CARRIED, SAFETENSORS_FILE, SAFETENSORS_INDEX, find_weights
+from ..checkpoint.files import (
+    BIN_INDEX,
+    CARRIED,
+    SAFETENSORS_FILE,
+    SAFETENSORS_INDEX,
+    WeightFiles,
+    find_weights,
+)
 from ..checkpoint.output import CARD, EVALUATION, REPORT
 from ..errors import OutputError, SourceError
 from ..recipe import show_size
-from .repository import OnBytes, Repository, Stopped, check_name
+from .repository import OnBytes, Repository, Stopped, bytes_begun, check_name
 
 SIDECARS = (*CARRIED, CARD, EVALUATION, REPORT)
 """Files beside the weights that something here reads. None of them is code."""
@@ -24,6 +31,7 @@ Progress = Callable[[int, int, str], None]
 
 _AT_ONCE = 4
 _LARGEST_TEXT = 64 << 20
+_LARGEST_SIDECARS = 1 << 30  # all together; the largest tokenizers have some ten megabytes
 
 
 def fetch_description(repository: Repository) -> Path:
@@ -50,6 +58,19 @@ def _indexes(repository: Repository) -> list[str]:
     return [BIN_INDEX] if BIN_INDEX in repository.files and SAFETENSORS_FILE not in repository.files else []
 
 
+def find_remote_weights(repository: Repository, folder: Path) -> WeightFiles:
+    """The files of weights of a repository whose description is in `folder`.
+
+    Raises:
+        SourceError: there are none, or not all that the index names.
+        UnsafeFileError: one has a name that no honest file has.
+    """
+    weights = find_weights(folder, repository.files)
+    for shard in weights.shards:
+        check_name(shard, repository.ref)
+    return weights
+
+
 def fetch_sidecars(repository: Repository) -> None:
     """Fetch the small files beside the weights into the client's cache."""
     for name in sidecars(repository):
@@ -61,14 +82,23 @@ def sidecars(repository: Repository) -> list[str]:
 
     Raises:
         UnsafeFileError: one has a name that no honest file has.
+        SourceError: they are too large to be what their names say.
     """
-    return _matching(repository, SIDECARS, whole_name=True)
+    names = _matching(repository, SIDECARS, whole_name=True)
+    total = sum(repository.files[name].size for name in names)
+    if total > _LARGEST_SIDECARS:
+        largest = max(names, key=lambda name: repository.files[name].size)
+        raise SourceError(
+            f"{largest} of {repository.ref} has {show_size(repository.files[largest].size)}, and the files beside the "
+            f"weights {show_size(total)} in all, which is absurd; nothing of them was downloaded."
+        )
+    return names
 
 
 def needed(repository: Repository) -> list[str]:
     """Every file that is needed to run or to convert the model: configuration, tokenizer, weights in one form."""
     folder = fetch_description(repository)
-    weights = find_weights(folder, repository.files)
+    weights = find_remote_weights(repository, folder)
     return ["config.json", *_indexes(repository), *sidecars(repository), *weights.shards]
 
 
@@ -117,13 +147,19 @@ def fetch_all(
 
     Raises:
         HubError: the hub does not give what it lists.
-        OutputError: there is not enough room.
+        OutputError: there is not enough room, or a file of somebody's own in the way.
     """
     files = [repository.files[name] for name in names]
     here = {f.name for f in files if folder is None and repository.cached(f.name) is not None}
-    # The place that is known to be there; what a client keeps of a broken download is not counted on.
-    place = folder or repository.small_file("config.json").parent
-    check_room(sum(f.size for f in files if f.name not in here and not (place / f.name).exists()), place)
+    if folder is not None:
+        repository.refuse_to_replace((f.name for f in files), folder)
+        check_room(
+            sum(f.size - bytes_begun(folder / f.name) for f in files if not (folder / f.name).exists()),
+            folder,
+        )
+    else:
+        # What the clients keep of a broken download in their caches is not counted on.
+        check_room(sum(f.size for f in files if f.name not in here), repository.cache)
     total = sum(file.size for file in files)
     lock, stop = Lock(), Event()
     done = 0
@@ -144,7 +180,7 @@ def fetch_all(
         path = repository.cached(name) if name in here else None
         if path is not None:
             counter(name)(repository.files[name].size)
-            if not check_cached or repository.files[name].matches(path):
+            if not check_cached or repository.is_whole(name, path):
                 return path
         return repository.fetch(name, folder, counter(name))
 

@@ -38,6 +38,11 @@ def read_infos(repository: Repository, weights: WeightFiles) -> Mapping[str, Ten
         UnsafeFileError: a ``.bin`` asks for more than tensors.
         HubError: the hub does not give what is needed.
     """
+    if weights.shards[0].endswith(".gguf"):
+        raise SourceError(
+            f"the weights of {repository.ref} are a GGUF file, which is read only where it is whole: run `glmquant "
+            f"download {repository.ref} --local-dir DIR`, and name DIR instead."
+        )
     safetensors = weights.shards[0].endswith(".safetensors")
     with tempfile.TemporaryDirectory(prefix="glmquant-headers-") as scratch:
         folder = Path(scratch)

@@ -47,6 +47,13 @@ class HuggingFace(Repository):
         self.commit = info.sha
         self.files = {s.rfilename: listed(s, ref) for s in info.siblings or ()}
 
+    @property
+    def cache(self) -> Path:
+        """See `Repository`."""
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE)
+
     def cached(self, name: str) -> Path | None:
         """See `Repository`."""
         path = cached_file(self.ref.name, name, self.commit)
@@ -170,8 +177,7 @@ class HuggingFace(Repository):
                 ) from None
             raise HubError(
                 f"{self.endpoint} answered HTTP {status} for {file or ref.name}"
-                f"{' (too many requests)' if status == 429 else ''}; run the same command again later, what has been "
-                "fetched is kept."
+                f"{' (too many requests)' if status == 429 else ''}; later, {self.advice}."
             ) from None
         except (httpx2.HTTPError, errors.OfflineModeIsEnabled) as error:
             raise self._unreachable(error) from None
@@ -190,7 +196,7 @@ class HuggingFace(Repository):
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         return HubError(
             f"{self.endpoint} cannot be reached ({reason}); check the network, or name a mirror with --endpoint or "
-            f"HF_ENDPOINT{self.ref.elsewhere}. Run the same command again to go on: what has been fetched is kept."
+            f"HF_ENDPOINT{self.ref.elsewhere}. Then {self.advice}."
         )
 
 

@@ -54,10 +54,17 @@ class ModelScope(Repository):
     def _page(self) -> str:
         return f"{self.endpoint}/models/{self.ref.name}"
 
-    def cached(self, name: str) -> Path | None:
+    @property
+    def cache(self) -> Path:
         """See `Repository`."""
+        from modelscope_hub.config import get_default_config
+
+        return Path(get_default_config().cache_dir)
+
+    def cached(self, name: str) -> Path | None:
+        """See `Repository`; what lies there may be of an earlier commit, so it is hashed."""
         path = cached_file(self._api, self.ref.name, name, self._revision)
-        return path if path is not None and path.stat().st_size == self.files[name].size else None
+        return path if path is not None and self.is_whole(name, path) else None
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """See `Repository`."""
@@ -142,14 +149,12 @@ class ModelScope(Repository):
             reason = type(error.__cause__ or error).__name__
             raise HubError(
                 f"{self.endpoint} cannot be reached ({reason}); check the network, or name another address with "
-                f"--endpoint or MODELSCOPE_ENDPOINT{ref.elsewhere}. Run the same command again to go on: what has been "
-                "fetched is kept."
+                f"--endpoint or MODELSCOPE_ENDPOINT{ref.elsewhere}. Then {self.advice}."
             ) from None
         except errors.APIError as error:
             raise HubError(
                 f"{self.endpoint} answered HTTP {error.status_code} for {file or ref.name}"
-                f"{' (too many requests)' if error.status_code == 429 else ''}; run the same command again later, what "
-                "has been fetched is kept."
+                f"{' (too many requests)' if error.status_code == 429 else ''}; later, {self.advice}."
             ) from None
         except errors.HubError as error:
             raise HubError(f"{ref} cannot be downloaded from {self.endpoint} ({error}).") from None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .._hashing import sha256
-from ..errors import HubError, UnsafeFileError
+from ..errors import HubError, OutputError, UnsafeFileError
 from .refs import Ref
 
 OnBytes = Callable[[int], None]
@@ -60,16 +60,48 @@ class Repository(ABC):
         endpoint: the hub's address.
         commit: what the revision was when it was looked up.
         files: by name, as listed.
+        advice: how to go on after what was not the user's fault; ends a sentence.
     """
 
     def __init__(self, ref: Ref, endpoint: str) -> None:
         self.ref, self.endpoint = ref, endpoint
         self.commit = ""
         self.files: Mapping[str, RemoteFile] = {}
+        self._whole: dict[Path, tuple[RemoteFile, int, bool]] = {}
+        self.advice = "run the same command again to go on: what has been fetched is kept"
+
+    @property
+    @abstractmethod
+    def cache(self) -> Path:
+        """The client's cache."""
 
     @abstractmethod
     def cached(self, name: str) -> Path | None:
         """Where the client's cache holds a whole file."""
+
+    def is_whole(self, name: str, path: Path) -> bool:
+        """Whether the file at `path` is the one that the hub lists; what has not been written since is hashed once."""
+        file, written = self.files[name], path.stat().st_mtime_ns
+        known = self._whole.get(path)
+        if known is None or known[:2] != (file, written):
+            known = self._whole[path] = (file, written, file.matches(path))
+        return known[2]
+
+    def refuse_to_replace(self, names: Iterable[str], folder: Path) -> None:
+        """Refuse to download over files of somebody's own.
+
+        Raises:
+            OutputError: `folder` holds other content than the hub under one of `names`.
+        """
+        for name in names:
+            path = folder / name
+            if path.is_symlink():  # the link goes, what it points to stays
+                continue
+            if path.exists() and not (path.is_file() and self.is_whole(name, path)):
+                raise OutputError(
+                    f"{path} is there already and is not the {name} of {self.ref}; move it away, leave the file out "
+                    f"with --exclude {name}, or choose another --local-dir. Nothing was downloaded."
+                )
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> bytes:
@@ -107,7 +139,7 @@ class Repository(ABC):
     def checked(self, name: str, folder: Path | None, path: Path, on_bytes: OnBytes | None) -> Path:
         """The second half: `path`, or the file downloaded once more where it is not the one that is listed."""
         file = self.files[name]
-        if not file.matches(path):
+        if not self.is_whole(name, path):
             path = self._anew(name, folder, True, on_bytes)
             if not file.matches(path):
                 _remove(path)
@@ -128,8 +160,17 @@ class Repository(ABC):
         return self.cached(name) or self.fetch(name)
 
 
-def check_name(name: str, ref: Ref) -> None:
-    """Refuse file names that lead out of a folder, or that no honest repository has.
+def bytes_begun(path: Path) -> int:
+    """What an interrupted download into a folder has left of the file `path`, as far as it takes room on the disk."""
+    part = path.with_name(f"{path.name}.incomplete")
+    if part.is_symlink() or not part.is_file():
+        return 0
+    found = part.stat()
+    return min(found.st_size, 512 * found.st_blocks)
+
+
+def check_name(name: str, where: object, consequence: str = "nothing of it was downloaded") -> None:
+    """Refuse file names that lead out of a folder, or that no honest repository has; `where` lists it.
 
     Raises:
         UnsafeFileError: it is one of those.
@@ -144,7 +185,7 @@ def check_name(name: str, ref: Ref) -> None:
         or not name.isprintable()
         or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts)
     ):
-        raise UnsafeFileError(f"{ref} lists a file called {name!r}; nothing of it was downloaded.")
+        raise UnsafeFileError(f"{where} lists a file called {name!r}; {consequence}.")
 
 
 def check_size(size: object, name: str, ref: Ref) -> int:

@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.files import WeightFiles, find_weights, read_json
+from ..checkpoint.files import WeightFiles, read_json
 from ..checkpoint.source import TensorInfo, TensorSource, open_shard
 from ..errors import SourceError
-from .fetching import check_room, fetch_description, fetch_sidecars
+from .fetching import check_room, fetch_description, fetch_sidecars, find_remote_weights
 from .headers import read_infos
-from .repository import OnBytes, Repository, Stopped
+from .repository import OnBytes, Repository, Stopped, bytes_begun
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class HubSource:
         self.repository = repository
         self.folder = fetch_description(repository)
         self.config: dict[str, Any] = read_json(self.folder / "config.json")
-        self.weights: WeightFiles = find_weights(self.folder, repository.files)
+        self.weights: WeightFiles = find_remote_weights(repository, self.folder)
         self.on_shard: OnShard | None = None
         self._scratch: Path | None = None
         self._lock = threading.Lock()
@@ -72,13 +72,24 @@ class HubSource:
             OutputError: the cache has no room for them.
         """
         self._scratch = scratch
-        if scratch is None:
+        if scratch is not None:
+            self.repository.advice = (
+                "run the same command with --resume to go on from the whole files that were written; without it "
+                "everything is fetched again"
+            )
+        else:
             check_room(self.missing_bytes, self.folder)
 
     @property
     def peak_bytes(self) -> int:
-        """The most that shards take in the scratch folder: one in work, one on its way."""
-        return sum(sorted(self._missing())[-2:]) if self._scratch is not None else 0
+        """The most that shards will take in the scratch folder beyond what an earlier run left there: one in work, one
+        on its way.
+        """
+        if self._scratch is None:
+            return 0
+        left = sum(bytes_begun(self._scratch / shard) for shard in self.weights.shards)
+        left += sum(p.stat().st_size for s in self.weights.shards if (p := self._scratch / s).is_file())
+        return max(0, sum(sorted(self._missing())[-2:]) - left)
 
     @property
     def missing_bytes(self) -> int:
