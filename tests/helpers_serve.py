@@ -172,5 +172,6 @@ def ask(engine: Engine, ids: list[int], new: int = 16, **options: Any) -> tuple[
         "sampling": Sampling(0, 1), "stop_ids": frozenset(), "stop": (), **options
     }  # fmt: skip
     job = Job(ids, new, listener=heard, **settings)
+    engine.reserve()
     engine.submit(job)
     return job, heard

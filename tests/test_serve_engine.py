@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from helpers_serve import Script, ask, tiny_model, tokenizer_of
-from transformers import Glm4Config, GlmConfig, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import Glm4Config, GlmConfig
 
 from glmquant.models.glm import Glm4ForCausalLM, GlmForCausalLM
 from glmquant.prompts import prompt_for
 from glmquant.serve.engine import Engine
 from glmquant.serve.jobs import Failed, Job, QueueFull, ShuttingDown, TimedOut, Update
 from glmquant.serve.runners import SerialRunner, SlotRunner
-from glmquant.serve.sampling import Sampler, Sampling, choose
+from glmquant.serve.sampling import Sampling
 
 VOCAB = 1000
 SIZES: dict[str, Any] = {
@@ -171,28 +171,26 @@ def test_tiny_checkpoints_end_at_their_stop_ids(name: str) -> None:
 # Sampling
 
 
-@pytest.mark.parametrize(
-    ("temperature", "top_p"), [(0.1, 0.9), (0.8, 0.8), (1.0, 0.999), (1.5, 1.0), (1.0, 0.0)]
-)
-@pytest.mark.parametrize("scale", [0.05, 3.0], ids=["flat", "peaked"])
-def test_tokens_are_drawn_as_transformers_would(temperature: float, top_p: float, scale: float) -> None:
-    """Never a token outside of the set, and the frequencies of the likeliest are right."""
-    logits = torch.randn(1, 700, generator=torch.Generator().manual_seed(0)) * scale
-    scores = TemperatureLogitsWarper(temperature)(None, logits)
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    truth = scores.softmax(-1)[0].double()
-    sampler, draws = Sampler(Sampling(temperature, top_p, 0)), 3000
-    counts = torch.bincount(torch.tensor([choose(logits, [sampler])[0] for _ in range(draws)]), minlength=700)
-    assert counts[truth == 0].sum() == 0
-    deviation = (truth * (1 - truth) / draws).sqrt()
-    assert ((counts / draws - truth).abs() <= 5 * deviation + 4 / draws).all()
-
-
-def test_greedy_and_drawn_rows_in_one_batch() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0], [0.0, 1.0, 3.0]])
-    samplers = [Sampler(Sampling(0, 1)), Sampler(Sampling(1e-6, 1, 3))]
-    assert choose(logits, samplers) == [1, 2]
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_repetition_penalty_is_transformers_s(penalty: float) -> None:
+    """Each request its own, over prompt and answer."""
+    model, asked = random_model("glm"), prompts(3, seed=9)
+    wanted = [
+        spell(
+            model.generate(
+                torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0,
+                repetition_penalty=penalty,
+            )[0, len(ids) :].tolist()
+        )
+        for ids in asked
+    ]  # fmt: skip
+    plain = alone(model, asked[0])
+    assert plain != wanted[0]
+    with running(SlotRunner(model, 4, 128, 16)) as engine:
+        heard = [ask(engine, ids, sampling=Sampling(0, 1, None, penalty))[1] for ids in asked]
+        other = ask(engine, asked[0])[1]
+        assert [each.last().text for each in heard] == wanted
+        assert other.last().text == plain
 
 
 # Ends, limits, failures; with a script for a model
@@ -309,6 +307,56 @@ def test_numbers_that_are_none_give_the_harmless_token() -> None:
         assert ask(engine, [9], 3)[1].last().text == letters([5, 5, 5])
 
 
+@pytest.mark.parametrize(
+    ("error", "requests"),
+    [(RuntimeError("some reason"), 3), (RuntimeError("CUDA error: an illegal memory access"), 1),
+     (torch.AcceleratorError("gone"), 1)],
+    ids=["any", "cuda", "accelerator"],
+)  # fmt: skip
+def test_a_model_that_always_fails_ends_the_engine(error: Exception, requests: int) -> None:
+    class Broken(Script):
+        def step(self, pieces: Any) -> torch.Tensor:
+            if pieces[0].ids == [9]:
+                raise error
+            return super().step(pieces)
+
+    with running(Broken(lambda prompt: [1], 0, 100), decode=letters) as engine:
+        for _ in range(2 if requests > 1 else 0):  # not in a row
+            assert isinstance(ask(engine, [9])[1].last().error, Failed)
+            assert ask(engine, [8], 1)[1].last().text == "a"
+        for _ in range(requests):
+            assert engine.failed is None
+            assert isinstance(ask(engine, [9])[1].last().error, Failed)
+        engine._thread.join(10)
+        assert engine.failed
+        with pytest.raises(Failed):
+            ask(engine, [8])
+
+
+def test_others_can_queue_while_a_beginning_is_copied() -> None:
+    """The event loop must never wait for the model."""
+    copying, queued = threading.Event(), threading.Event()
+    free: list[bool] = []
+
+    class Slow(Script):
+        def copy(self, source: int, target: int, count: int) -> None:
+            copying.set()
+            free.append(queued.wait(10))
+
+    runner = Slow(lambda prompt: [1] * 50, 0, 100, reuses=True, delay=0.01)
+    with running(runner, decode=letters) as engine:
+        job, first = ask(engine, [9, 8, 7, 6], 50)
+        while not first.updates:
+            time.sleep(0.001)
+        _, second = ask(engine, [9, 8, 7, 5], 2)
+        assert copying.wait(10)
+        _, third = ask(engine, [3], 2)
+        engine.cancel(job)
+        queued.set()
+        assert {second.last().finish, third.last().finish} == {"length"}
+    assert free[0]
+
+
 def test_an_engine_that_dies_tells_everybody() -> None:
     runner = words(1)
     runner.gate.clear()
@@ -335,6 +383,7 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
                 order.append(name)
                 done.release()
 
+            engine.reserve()
             engine.submit(Job(ids, 1, Sampling(0, 1), frozenset(), (), note))
         runner.gate.set()
         assert all(done.acquire(timeout=30) for _ in jobs)

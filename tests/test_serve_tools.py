@@ -101,6 +101,13 @@ def test_words_and_several_calls() -> None:
     assert (message["content"], finish, len(message["tool_calls"])) == ("I will look.", "tool_calls", 2)
 
 
+def test_one_call_at_a_time() -> None:
+    text = f"{WRITTEN['chatglm3-6b']}<|assistant|>{WRITTEN['chatglm3-6b']}"
+    for parallel, calls in ((None, 2), (True, 2), (False, 1)):
+        body = {"messages": ASK, "tools": TOOLS, "parallel_tool_calls": parallel}
+        assert len(answered("chatglm3-6b", text, body)[0]["tool_calls"]) == calls
+
+
 @pytest.mark.parametrize("form", ["tools", "functions"])
 def test_the_model_sees_tools_calls_and_results(form: str) -> None:
     """As `chat` of ChatGLM3 shows them to it."""
@@ -190,3 +197,33 @@ def test_arguments_that_json_lacks() -> None:
     reader = AnswerReader(prompt_for(tokenizer_of("chatglm3-6b")), ["f"])
     text = "f\n ```python\ntool_call(a=(1, 2), b={'k': None}, c={3})\n```"
     assert reader.read(text, True) == Answer("", (Call("f", '{"a": [1, 2], "b": {"k": null}, "c": [3]}'),))
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["{(1, 2): 3}", "b'x'", "2j", "...", "'\\ud800'", "1e999", "[-1e999]", "[" * 400 + "]" * 400, "{1, (2, b'')}"],
+    ids=lambda value: value[:12],
+)  # fmt: skip
+def test_arguments_that_are_no_json_are_content(value: str) -> None:
+    text = f"get_weather\n ```python\ntool_call(city={value})\n```"
+    message, finish = answered("chatglm3-6b", text, {"messages": ASK, "tools": TOOLS})
+    assert (message["content"], finish) == (text, "stop")
+
+
+@pytest.mark.parametrize("city", ["NaN", "1e999", '"\\ud800"'])
+def test_glm_4_s_arguments_that_are_no_json_are_content(city: str) -> None:
+    text = f'get_weather\n{{"city": {city}}}'
+    message, finish = answered("glm-4-9b-chat", text, {"messages": ASK, "tools": TOOLS})
+    assert (message["content"], finish) == (text, "stop")
+
+
+def test_a_stream_that_crashes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(self: AnswerReader, text: str, finished: bool) -> Answer:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(AnswerReader, "read", crash)
+    with listening(service_of("chatglm3-6b", scripted("chatglm3-6b"))) as address:
+        stream = httpx.post(address + CHAT, json={"messages": ASK, "stream": True}, timeout=60).text
+    *_, error, done, _ = stream.split("\n\n")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert done == "data: [DONE]"

@@ -10,8 +10,6 @@ import click
 from ..errors import UsageError
 from ..recipe import parse_size, show_size
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
 
 @click.command()
 @click.argument("out")
@@ -35,7 +33,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
     "--queue", type=click.IntRange(0), default=128, show_default=True, help="Requests that may wait."
 )
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, metavar="S",
-              help="Seconds for a request, waiting included.")  # fmt: skip
+              help="Seconds from a request's arrival to the end of its answer, waiting included.")  # fmt: skip
 @click.option("--name", help="Of the model in answers.  [default: the folder's]")
 @click.option("--strict-model", is_flag=True, help="Refuse requests that name another model.")
 @click.option("--api-key", envvar="GLMQUANT_API_KEY", help="Required of clients.  [env: GLMQUANT_API_KEY]")
@@ -78,7 +76,7 @@ def serve(
     POST /v1/chat/completions    ChatGLM3-6B's and OpenAI's (LangChain's ChatGLM3, openai)
     also /v1/completions, /v1/models, /health, /metrics, /openapi.json
 
-    SIGTERM or Ctrl-C lets what runs finish, for as long as --timeout; a second one ends at once.
+    SIGTERM or Ctrl-C lets what runs finish, for --timeout at most, and refuses what waits; a second one ends at once.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
     try:
         import fastapi  # noqa: F401
@@ -87,7 +85,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise UsageError(f"serving needs {error.name}; pip install 'glmquant[serve]'.") from None
     from ..serve.app import create_app
-    from ..serve.guard import hosts_of
+    from ..serve.guard import hosts_of, is_loopback
     from ..serve.server import Server, build, configure, listen_on, open_model
     from ..serve.service import Settings
 
@@ -104,7 +102,7 @@ def serve(
     service = build(model, tokenizer, admission, settings, queue)
     app = create_app(service, api_key=api_key, max_body=largest, cors=cors, hosts=hosts_of(host, allow_host))
     address = f"[{host}]" if ":" in host else host
-    if api_key is None and host not in _LOOPBACK:
+    if api_key is None and not is_loopback(host):
         click.echo(
             "glmquant: anybody who reaches this machine can ask; --api-key would keep strangers out.",
             err=True,

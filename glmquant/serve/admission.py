@@ -39,7 +39,7 @@ class Admission:
 
 def admit(
     model: Model,
-    device: Literal["cuda", "cpu"],
+    place: str,
     *,
     vram: int | None = None,
     context: int | None = None,
@@ -49,7 +49,7 @@ def admit(
 
     Args:
         model: the checkpoint.
-        device: where it runs.
+        place: where it runs: cpu, cuda, cuda:1.
         vram: bytes of the process; None is what is free.
         context: tokens of a request; None is the model's, or 8192 where that is more.
         max_batch: None is 16; ChatGLM-6B is always served one at a time.
@@ -60,7 +60,8 @@ def admit(
     """
     context = context or min(CONTEXT, model.dims.context)
     check_context(model, context)
-    limit = vram if vram is not None else _free(device)
+    device: Literal["cuda", "cpu"] = "cpu" if place == "cpu" else "cuda"
+    limit = vram if vram is not None else _free(place)
     serial = model.family == "chatglm"
     chunk = None if serial else min(_CHUNK[device], context)
     most = 1 if serial else max_batch or BATCH
@@ -92,12 +93,16 @@ def _memory(
     )
 
 
-def _free(device: Literal["cuda", "cpu"]) -> int | None:
+def _free(place: str) -> int | None:
     """Bytes that nobody uses; None where the system does not tell."""
-    if device == "cuda":
+    if place != "cpu":
         import torch
 
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info(torch.device(place))[0])
+    return min((free for free in (_free_of_machine(), free_of_container()) if free is not None), default=None)
+
+
+def _free_of_machine() -> int | None:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
@@ -105,3 +110,40 @@ def _free(device: Literal["cuda", "cpu"]) -> int | None:
                 return int(line.split()[1]) * 1024
     pages = os.sysconf_names.get("SC_AVPHYS_PAGES") if hasattr(os, "sysconf_names") else None
     return None if pages is None else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_of_container(root: Path = Path("/")) -> int | None:
+    """Bytes that the control groups of this process leave it, those of Linux' containers among them; None for any.
+
+    Each group is within those above it. Pages of files that were not read lately count as used, but are given up when
+    memory is wanted (`docker stats` and Kubernetes leave them out, too).
+
+    Args:
+        root: where ``/proc`` and ``/sys`` are.
+    """
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    found = []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mount, limit, usage, files = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount, limit = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            usage, files = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        # A container may see itself as the top, while the path is the one outside of it.
+        top, group = root / mount, root / mount / path.lstrip("/")
+        for folder in (group, *(above for above in group.parents if above.is_relative_to(top))):
+            try:
+                most = (folder / limit).read_text().strip()
+                used = int((folder / usage).read_text())
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue
+            if most != "max":
+                found.append(max(0, int(most) - max(0, used - int(stat.get(files, 0)))))
+    return min(found, default=None)

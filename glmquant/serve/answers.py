@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..prompts.base import MessagePrompt, Prompt, TurnPrompt
 
@@ -78,14 +79,32 @@ class AnswerReader:
             if line_break and name in self._functions:
                 if not complete:
                     break
-                call = prompt.call(name, rest, True)
-                if "parameters" in call:
-                    calls.append(Call(name, json.dumps(call["parameters"], ensure_ascii=False, default=list)))
+                arguments = _as_json(prompt.call(name, rest, True).get("parameters"))
+                if arguments is not None:
+                    calls.append(Call(name, arguments))
                     continue
             elif not (line_break or complete) and any(f.startswith(name) for f in self._functions):
                 break
             said.append(prompt.polish((part if name else rest if line_break else part).strip()))
         return Answer("\n".join(filter(None, said)), tuple(calls))
+
+
+def _as_json(parameters: dict[str, Any] | None) -> str | None:
+    """Arguments as JSON; None where JSON has no word for one, as for bytes, NaN or half a surrogate pair."""
+    if parameters is None:
+        return None
+    try:
+        written = json.dumps(parameters, ensure_ascii=False, allow_nan=False, default=_set_as_list)
+        written.encode()
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return written
+
+
+def _set_as_list(value: object) -> list[Any]:
+    if isinstance(value, set):
+        return list(value)
+    raise TypeError(type(value).__name__)
 
 
 def _settled(text: str, markers: Sequence[str]) -> str:

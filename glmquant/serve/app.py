@@ -22,12 +22,12 @@ from .._version import __version__
 from . import openai
 from .answers import AnswerReader
 from .conversation import from_pairs
-from .errors import ApiError, from_validation
+from .errors import ApiError, crashed, from_validation
 from .guard import Guard
 from .metrics import Metrics
 from .schemas import ClassicRequest
 from .service import Service
-from .streams import unless_left
+from .streams import unless_left, whole
 
 _ADDRESSES = {
     "/",
@@ -72,18 +72,20 @@ def create_app(
         pairs = body.history or []
         asked = from_pairs(service.prompt, body.prompt, pairs)
         length = len(body.prompt) + sum(len(text or "") for pair in pairs for text in pair)
-        ids = await service.encode(length, lambda: asked.ids(service.prompt))
-        if body.max_length is not None and body.max_length <= len(ids):
-            raise ApiError(
-                400, f"the prompt has {len(ids)} tokens, so max_length {body.max_length} leaves none for the answer.",
-                param="max_length", code="context_length_exceeded",
+        with service.reserve(length) as place:
+            ids = await unless_left(request, place.encode(lambda: asked.ids(service.prompt)))
+            if body.max_length is not None and body.max_length <= len(ids):
+                raise ApiError(
+                    400,
+                    f"the prompt has {len(ids)} tokens, so max_length {body.max_length} leaves none for the answer.",
+                    param="max_length", code="context_length_exceeded",
+                )  # fmt: skip
+            ticket = place.submit(
+                ids, max_new_tokens=None if body.max_length is None else body.max_length - len(ids),
+                temperature=body.temperature, top_p=body.top_p,
             )  # fmt: skip
         service.log("asked", [*pairs, body.prompt])
-        ticket = service.submit(
-            ids, max_new_tokens=None if body.max_length is None else body.max_length - len(ids),
-            temperature=body.temperature, top_p=body.top_p,
-        )  # fmt: skip
-        (update,) = await unless_left(request, [ticket])
+        (update,) = await whole(request, [ticket])
         answer = AnswerReader(service.prompt).read(update.text, finished=True).content
         service.log("answered", update.text)
         return {
@@ -186,9 +188,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 async def _on_crash(request: Request, error: Exception) -> Response:
-    return ApiError(
-        500, "the server failed on this request; its log says how.", code="internal_error"
-    ).response()
+    return crashed().response()
 
 
 class _Counted:

@@ -14,16 +14,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..models.chat import InvalidScoreLogitsProcessor
 from ..models.streaming import Transcript
 from .jobs import Failed, Job, QueueFull, Refused, Run, ShuttingDown, TimedOut, Update
 from .runners import Piece, Runner
-from .sampling import choose
+from .sampling import choose, penalize
 
 logger = logging.getLogger(__name__)
 
 # While others are answering, prompts get this part of a step, so that they need not wait long for their tokens.
 _SHARED_STEP = 4
+# So many requests that fail one after the other are not at fault themselves: the model is.
+_FAILURES = 3
 
 
 @dataclass
@@ -60,6 +64,8 @@ class Engine:
         self._guard = InvalidScoreLogitsProcessor(fallback)
         self._lock = threading.Condition()
         self._waiting: deque[Job] = deque()
+        self._reserved = 0
+        self._failures = 0  # steps of a single request in a row
         self._running: list[Run] = []
         self._held: list[list[int]] = [
             [] for _ in range(runner.slots)
@@ -77,8 +83,8 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
+        """Requests in the queue, those included whose prompts are still being encoded."""
+        return len(self._waiting) + self._reserved
 
     @property
     def running(self) -> int:
@@ -95,8 +101,8 @@ class Engine:
         """Whether there is nothing to do."""
         return not self._waiting and not self._running
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; its listener hears the rest.
+    def reserve(self, count: int = 1) -> None:
+        """Keep places in the queue for jobs that are being made; each is taken by `submit`, or given back by `release`.
 
         Raises:
             QueueFull: too many wait.
@@ -104,14 +110,34 @@ class Engine:
             Failed: the engine has died.
         """
         with self._lock:
-            if self.failed is not None:
-                raise Failed(self.failed)
-            if self._draining:
-                raise ShuttingDown("the server is shutting down; ask again, elsewhere or later.")
-            if len(self._waiting) + len(self._running) >= self._limit + self._runner.slots:
-                raise QueueFull(f"{len(self._waiting)} requests are waiting already; ask again later.")
+            self._check_open()
+            if self.waiting + len(self._running) + count > self._limit + self._runner.slots:
+                raise QueueFull(f"{self.waiting} requests are waiting already; ask again later.")
+            self._reserved += count
+
+    def release(self, count: int) -> None:
+        """Give places back."""
+        with self._lock:
+            self._reserved -= count
+
+    def submit(self, job: Job) -> None:
+        """Queue a job in a place that was reserved; its listener hears the rest.
+
+        Raises:
+            ShuttingDown: nothing new is taken; the place stays reserved.
+            Failed: the engine has died; the place stays reserved.
+        """
+        with self._lock:
+            self._check_open()
+            self._reserved -= 1
             self._waiting.append(job)
             self._lock.notify()
+
+    def _check_open(self) -> None:
+        if self.failed is not None:
+            raise Failed(self.failed)
+        if self._draining:
+            raise ShuttingDown("the server is shutting down; ask again, elsewhere or later.")
 
     def cancel(self, job: Job) -> None:
         """Forget a job; its listener hears nothing more. It stops before the next step."""
@@ -174,15 +200,26 @@ class Engine:
             waiting, self._waiting = self._waiting, deque()
             for job in waiting:
                 (gone if job.cancelled else late if job.deadline < now else self._waiting).append(job)
-            while self._waiting and len(self._running) < self._runner.slots:
-                job = self._waiting.popleft()
-                job.started = now
-                self._running.append(self._place(job))
         for job in gone:
             self._observe(job, Update())
         for job in late:
             self._end(job, Update(error=TimedOut("the answer took longer than this server allows.")))
+        while self._waiting and len(self._running) < self._runner.slots:
+            self._fill()
         return True
+
+    def _fill(self) -> None:
+        """Give the first that waits a slot; others can queue while what it shares with another is copied."""
+        with self._lock:
+            if not self._waiting:
+                return
+            job = self._waiting[0]
+        run = self._place(job)
+        with self._lock:
+            if self._waiting and self._waiting[0] is job:  # or else all were refused meanwhile
+                self._waiting.popleft()
+                job.started = time.monotonic()
+                self._running.append(run)
 
     def _place(self, job: Job) -> Run:
         """A job in a free slot, with as much of its beginning as any slot holds.
@@ -223,13 +260,19 @@ class Engine:
             group = groups.pop()
             try:
                 chosen = self._compute(group)
-            except Exception:
+            except Exception as error:
+                if _ends_all(error):
+                    raise
                 if len(group) > 1:
                     logger.exception("a step for %d requests failed; each is tried by itself", len(group))
                     groups = [[each] for each in group]
-                else:
-                    self._fail(group[0][0])
+                    continue
+                self._fail(group[0][0])
+                self._failures += 1
+                if self._failures >= _FAILURES:
+                    raise
                 continue
+            self._failures = 0
             for (sequence, piece), row in zip(group, chosen, strict=True):
                 self._advance(sequence, piece, row)
 
@@ -265,8 +308,11 @@ class Engine:
     def _compute(self, planned: Sequence[tuple[Run, Piece]]) -> list[int | None]:
         """The next token of each; None where the prompt is not read to its end."""
         logits = self._runner.step([piece for _, piece in planned])
-        samplers = [sequence.sampler for sequence, piece in planned if piece.wanted]
-        rows = iter(choose(self._guard(logits, logits), samplers) if samplers else [])
+        wanted = [sequence for sequence, piece in planned if piece.wanted]
+        samplers = [sequence.sampler for sequence in wanted]
+        if samplers:
+            scores = penalize(self._guard(logits, logits), samplers, [sequence.ids for sequence in wanted])
+        rows = iter(choose(scores, samplers) if samplers else [])
         self.counts.steps += 1
         return [next(rows) if piece.wanted else None for _, piece in planned]
 
@@ -308,3 +354,8 @@ class Engine:
     def _tell(job: Job, update: Update) -> None:
         if not job.cancelled:
             job.listener(update)
+
+
+def _ends_all(error: Exception) -> bool:
+    """Whether nothing can be computed any more: after most errors of a CUDA kernel the process has lost the GPU."""
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)

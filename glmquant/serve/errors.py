@@ -63,6 +63,11 @@ def from_engine(error: Refused, retry_after: int) -> ApiError:
     return ApiError(500, str(error), code="model_failed")
 
 
+def crashed() -> ApiError:
+    """What nobody thought of."""
+    return ApiError(500, "the server failed on this request; its log says how.", code="internal_error")
+
+
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """What pydantic found wrong in a body, the first of it."""
     first = errors[0]

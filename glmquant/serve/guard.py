@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
+import socket
 from collections.abc import Collection
 from typing import Any
 
@@ -116,9 +118,23 @@ def hosts_of(bind: str, allowed: Collection[str]) -> set[str] | None:
 
     Only a server that nobody else can reach is protected: the others have names that it cannot know.
     """
-    if bind not in ("localhost", "127.0.0.1", "::1") or "*" in allowed:
+    if not is_loopback(bind) or "*" in allowed:
         return None
-    return {*_LOOPBACK, *allowed}
+    own = {bind, *_addresses(bind)}
+    return {*_LOOPBACK, *(f"[{name}]" if ":" in name else name for name in own), *allowed}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address, however it is spelled: 127.0.0.2, 127.1, ::1, localhost."""
+    found = [ipaddress.ip_address(address) for address in _addresses(host)]
+    return bool(found) and all((getattr(each, "ipv4_mapped", None) or each).is_loopback for each in found)
+
+
+def _addresses(host: str) -> set[str]:
+    try:
+        return {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    except OSError:
+        return set()
 
 
 def _name(host: str) -> str:

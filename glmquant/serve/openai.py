@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +19,7 @@ from .errors import ApiError
 from .jobs import Update
 from .schemas import ChatRequest, CompletionRequest
 from .service import Service, Ticket
-from .streams import EventStream, unless_left
+from .streams import streamed, unless_left, whole
 
 Json = dict[str, Any]
 
@@ -49,45 +51,48 @@ def router(service: Service) -> APIRouter:
         functions = body.offered
         asked = from_messages(service.prompt, body.messages, functions)
         length = sum(len(m.text) for m in body.messages) + sum(len(str(f.parameters)) for f in functions)
-        ids = await service.encode(length, lambda: asked.ids(service.prompt))
-        service.log("asked", [m.model_dump(exclude_none=True) for m in body.messages])
         limits = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
-        ticket = service.submit(
-            ids, max_new_tokens=min(limits, default=None), temperature=body.temperature, top_p=body.top_p,
-            seed=body.seed, stop=body.stops,
-        )  # fmt: skip
+        with service.reserve(length) as place:
+            ids = await unless_left(request, place.encode(lambda: asked.ids(service.prompt)))
+            ticket = place.submit(
+                ids, max_new_tokens=min(limits, default=None), temperature=body.temperature, top_p=body.top_p,
+                seed=body.seed, stop=body.stops, repetition_penalty=body.repetition_penalty,
+            )  # fmt: skip
+        service.log("asked", [m.model_dump(exclude_none=True) for m in body.messages])
         reader = AnswerReader(service.prompt, [f.name for f in functions], body.stops)
         form = _Chat(service, body, ticket, reader)
         if body.stream:
-            await ticket.wait()
-            return EventStream(form.stream(), ticket)
-        (update,) = await unless_left(request, [ticket])
+            return await streamed(request, form.stream(), ticket)
+        (update,) = await whole(request, [ticket])
         return JSONResponse(form.whole(update))
 
     @routes.post("/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
         service.check_model(body.model)
-        prompts = [await service.encode(len(p), lambda p=p: service.prompt_ids(p)) for p in body.prompts]  # type: ignore[misc]
-        if body.stream and len(prompts) > 1:
+        if body.stream and len(body.prompts) > 1:
             raise ApiError(400, "a stream continues one prompt only.", param="prompt", code="invalid_value")
+        with service.reserve(*map(len, body.prompts)) as place:
+            prompts = [
+                await unless_left(request, place.encode(functools.partial(service.prompt_ids, prompt)))
+                for prompt in body.prompts
+            ]
+            tickets: list[Ticket] = []
+            try:
+                for ids in prompts:
+                    tickets.append(place.submit(
+                        ids, max_new_tokens=body.max_tokens or _COMPLETION, temperature=body.temperature,
+                        top_p=body.top_p, seed=body.seed, stop=body.stops, repetition_penalty=body.repetition_penalty,
+                    ))  # fmt: skip
+            except ApiError:
+                for ticket in tickets:
+                    ticket.cancel()
+                raise
         service.log("asked", body.prompts)
-        tickets: list[Ticket] = []
-        try:
-            for ids in prompts:
-                tickets.append(service.submit(
-                    ids, max_new_tokens=body.max_tokens or _COMPLETION, temperature=body.temperature,
-                    top_p=body.top_p, seed=body.seed, stop=body.stops,
-                ))  # fmt: skip
-        except ApiError:
-            for ticket in tickets:
-                ticket.cancel()
-            raise
         text = _Text(service, body, tickets)
         if body.stream:
-            await tickets[0].wait()
-            return EventStream(text.stream(), tickets[0])
-        return JSONResponse(text.whole(await unless_left(request, tickets)))
+            return await streamed(request, text.stream(), tickets[0])
+        return JSONResponse(text.whole(await whole(request, tickets)))
 
     return routes
 
@@ -98,11 +103,12 @@ _COMPLETION = 16  # tokens, where a request for a completion does not say: OpenA
 def _usage(tickets: list[Ticket], updates: list[Update]) -> Json:
     prompt = sum(len(ticket.job.ids) for ticket in tickets)
     generated = sum(update.tokens for update in updates)
-    cached = sum(update.reused for update in updates)
+    # How much of a prompt was in memory would tell what others have asked; /metrics has the sum.
     return {
-        "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }  # fmt: skip
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+    }
 
 
 class _Form:
@@ -129,9 +135,10 @@ class _Chat(_Form):
         super().__init__(service, "chat.completion", "chatcmpl", usage)
         self._ticket, self._reader = ticket, reader
         self._older = bool(body.functions)
+        self._calls_at_once = 1 if body.parallel_tool_calls is False else None
 
     def whole(self, update: Update) -> Json:
-        answer = self._reader.read(update.text, finished=True)
+        answer = self._read(update)
         self._service.log("answered", update.text)
         message: Json = {"role": "assistant", "content": answer.content}
         if answer.calls:
@@ -149,7 +156,7 @@ class _Chat(_Form):
         sent, update, answer = "", Update(), Answer("")
         yield self._chunk({"role": "assistant", "content": ""})
         async for update in self._ticket.updates():
-            answer = self._reader.read(update.text, update.finish is not None)
+            answer = self._read(update)
             if len(answer.content) > len(sent):
                 yield self._chunk({"content": answer.content[len(sent) :]})
                 sent = answer.content
@@ -159,6 +166,10 @@ class _Chat(_Form):
         yield self._chunk({}, self._finish(update, answer))
         if self._with_usage:
             yield self._frame([], _usage([self._ticket], [update]), chunk=True)
+
+    def _read(self, update: Update) -> Answer:
+        answer = self._reader.read(update.text, update.finish is not None)
+        return replace(answer, calls=answer.calls[: self._calls_at_once])
 
     def _chunk(self, delta: Json, finish: str | None = None) -> Json:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}

@@ -10,6 +10,9 @@ from torch import Tensor
 
 # Top-p sets are nearly always smaller than this, and finding the largest few is far cheaper than sorting all.
 _LIKELY = 512
+_GREEDY = (
+    1e-6  # below this temperature float32 holds no quotients of logits, and nothing but the likeliest is left
+)
 
 
 @dataclass(frozen=True)
@@ -17,14 +20,16 @@ class Sampling:
     """How a request wants its tokens chosen.
 
     Attributes:
-        temperature: what logits are divided by; 0 takes the likeliest token.
+        temperature: what logits are divided by; 0, or next to it, takes the likeliest token.
         top_p: the smallest set of tokens with this probability is drawn from.
         seed: of the request's random numbers; None for any.
+        repetition_penalty: makes ids of the prompt and of the answer so far less likely, above 1.
     """
 
     temperature: float
     top_p: float
     seed: int | None = None
+    repetition_penalty: float = 1.0
 
 
 class Sampler:
@@ -41,7 +46,7 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         """Whether nothing is drawn."""
-        return self.sampling.temperature == 0
+        return self.sampling.temperature < _GREEDY
 
     def draw(self, weights: Tensor) -> int:
         """An index of `weights` [n], which need not sum to 1."""
@@ -50,6 +55,26 @@ class Sampler:
         # Rounding may put the point on the last sum itself, and tokens without weight have no place to be hit.
         index = int(torch.searchsorted(sums, point, right=True))
         return index if index < len(weights) else int(weights.nonzero()[-1])
+
+
+def penalize(logits: Tensor, samplers: Sequence[Sampler], seen: Sequence[Sequence[int]]) -> Tensor:
+    """Logits with each row's repetition penalty, as in transformers: divided where positive, multiplied elsewhere.
+
+    Args:
+        logits: [rows, vocab].
+        samplers: one for each row.
+        seen: for each row, the ids so far.
+    """
+    rows = [row for row, sampler in enumerate(samplers) if sampler.sampling.repetition_penalty != 1]
+    if not rows:
+        return logits
+    logits = logits.clone()
+    for row in rows:
+        ids = torch.tensor(seen[row], device=logits.device)
+        penalty = samplers[row].sampling.repetition_penalty
+        scores = logits[row, ids]
+        logits[row, ids] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return logits
 
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:

@@ -14,6 +14,7 @@ _SEED = 2**63
 
 Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -99,7 +100,7 @@ class _Generation(_Body):
     logit_bias: dict[str, float] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: Penalty | None = None
     top_k: int | None = None
     min_p: float | None = None
     user: str | None = None
@@ -108,7 +109,7 @@ class _Generation(_Body):
     def _supported(self) -> _Generation:
         neutral: dict[str, tuple[Any, ...]] = {
             "n": (1,), "logprobs": (False, 0), "logit_bias": ({},), "presence_penalty": (0,), "min_p": (0,),
-            "frequency_penalty": (0,), "repetition_penalty": (1,), "top_k": (-1, 0), **self._neutral(),
+            "frequency_penalty": (0,), "top_k": (-1, 0), **self._neutral(),
         }  # fmt: skip
         for name, values in neutral.items():
             value = getattr(self, name)

@@ -8,7 +8,7 @@ import socket
 import time
 from dataclasses import replace
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -53,8 +53,7 @@ def open_model(
     names = {name: stored for stored, name in TORCH_NAMES.items()}
     held = Model.of_checkpoint(open_folder(checkpoint.source.folder))
     held = replace(held, dtype=names[str(compute_dtype(dtype, checkpoint)).removeprefix("torch.")])
-    kind: Literal["cuda", "cpu"] = "cpu" if place.type == "cpu" else "cuda"
-    admission = admit(held, kind, vram=vram, context=context, max_batch=max_batch)
+    admission = admit(held, str(place), vram=vram, context=context, max_batch=max_batch)
     return load(out, device=place, dtype=dtype, adapter=adapter), tokenizer, admission
 
 
@@ -87,7 +86,9 @@ def build(model: Any, tokenizer: Any, admission: Admission, settings: Settings, 
 
 def _warm_up(runner: Runner, prompt: Prompt) -> None:
     """Two tokens, so that no client waits for kernels to be compiled."""
-    ids = prompt.ids("", [])[: runner.chunk]
+    ids = prompt.ids("", [])
+    if runner.chunk is not None:
+        ids = ids[: min(runner.chunk, runner.context - 1)]
     runner.step([Piece(0, ids, 0)])
     runner.step([Piece(0, ids[-1:], len(ids))])
 

@@ -7,15 +7,16 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import UsageError
 from ..prompts import Prompt
 from .engine import Engine
 from .errors import ApiError, from_engine
-from .jobs import Job, Refused, Update
+from .jobs import Job, Refused, TimedOut, Update
 from .metrics import Metrics
 from .sampling import Sampling
 
@@ -80,22 +81,42 @@ class Service:
                 param="model", code="model_not_found",
             )  # fmt: skip
 
-    async def encode(self, characters: int, ids: Callable[[], list[int]]) -> list[int]:
-        """The ids of a prompt with so many characters, checked.
+    @contextlib.contextmanager
+    def reserve(self, *characters: int) -> Iterator[Place]:
+        """Places in the queue for prompts with so many characters each; what is not used is given back.
 
         Raises:
-            ApiError: they do not fit, or cannot be.
+            ApiError: a prompt is too long for certain, too many requests wait, or the server is about to end.
         """
-        if characters > self.context * _CHARACTERS:
-            raise self._too_long(f"over {self.context}")
+        if max(characters) > self.context * _CHARACTERS:
+            raise self.too_long(f"over {self.context}")
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._encoder, ids)
+            self.engine.reserve(len(characters))
+        except Refused as error:
+            raise self.refusal(error) from None
+        place = Place(self, len(characters))
+        try:
+            yield place
+        finally:
+            self.engine.release(place.left)
+
+    async def encode(self, ids: Callable[[], list[int]], seconds: float) -> list[int]:
+        """The ids of a prompt, checked.
+
+        Raises:
+            ApiError: they do not fit, cannot be, or take longer than `seconds`.
+        """
+        try:
+            coming = asyncio.get_running_loop().run_in_executor(self._encoder, ids)
+            found = await asyncio.wait_for(coming, seconds)
+        except asyncio.TimeoutError:
+            raise self.refusal(TimedOut("the answer took longer than this server allows.")) from None
         except UsageError as error:
             raise ApiError(400, str(error), code="invalid_value") from None
         if not found:
             raise ApiError(400, "the prompt is empty.", param="prompt", code="invalid_value")
         if len(found) >= self.context:
-            raise self._too_long(str(len(found)))
+            raise self.too_long(str(len(found)))
         if min(found) < 0 or max(found) >= self._vocab:
             raise ApiError(400, f"the prompt has ids beyond the model's {self._vocab}.", code="invalid_value")
         return found
@@ -107,7 +128,8 @@ class Service:
         tokenizer = self.prompt.tokenizer
         return list(tokenizer.encode(prompt, split_special_tokens=self.prompt.kind != "template"))
 
-    def _too_long(self, count: str) -> ApiError:
+    def too_long(self, count: str) -> ApiError:
+        """What a prompt with too many tokens is answered."""
         return ApiError(
             400,
             f"the prompt has {count} tokens; prompt and answer together may have {self.context} here. Shorten it.",
@@ -115,7 +137,7 @@ class Service:
             code="context_length_exceeded",
         )
 
-    def submit(
+    def job(
         self,
         ids: list[int],
         *,
@@ -124,34 +146,19 @@ class Service:
         top_p: float | None,
         seed: int | None = None,
         stop: Sequence[str] = (),
-    ) -> Ticket:
-        """Queue a request.
-
-        Raises:
-            ApiError: too many wait, or the server is about to end.
-        """
+        repetition_penalty: float | None = None,
+    ) -> Job:
+        """A request, with the model's settings where it has none, and nobody who listens."""
         room = self.context - len(ids)
         defaults = self.prompt.sampling
         sampling = Sampling(
             defaults.temperature if temperature is None else temperature,
             defaults.top_p if top_p is None else top_p,
             seed,
+            repetition_penalty or 1.0,
         )
-        ticket = Ticket(self)
-        ticket.job = Job(
-            ids,
-            room if max_new_tokens is None else min(room, max_new_tokens),
-            sampling,
-            self._stop_ids,
-            tuple(stop),
-            ticket.listen,
-            deadline=time.monotonic() + self.settings.timeout,
-        )
-        try:
-            self.engine.submit(ticket.job)
-        except Refused as error:
-            raise self.refusal(error) from None
-        return ticket
+        limit = room if max_new_tokens is None else min(room, max_new_tokens)
+        return Job(ids, limit, sampling, self._stop_ids, tuple(stop), lambda update: None)
 
     def refusal(self, error: Refused) -> ApiError:
         """An error of the engine as an answer."""
@@ -164,13 +171,45 @@ class Service:
             self._log.info("%s %s", what, value)
 
 
+class Place:
+    """Places in the queue that prompts have while they are encoded, and the time that their answers may take.
+
+    Attributes:
+        left: places not used yet.
+    """
+
+    def __init__(self, service: Service, count: int) -> None:
+        self._service, self.left = service, count
+        self._since = time.monotonic()
+        self._deadline = self._since + service.settings.timeout
+
+    async def encode(self, ids: Callable[[], list[int]]) -> list[int]:
+        """See `Service.encode`."""
+        return await self._service.encode(ids, self._deadline - time.monotonic())
+
+    def submit(self, ids: list[int], **options: Any) -> Ticket:
+        """Queue a request; `options` are `Service.job`'s.
+
+        Raises:
+            ApiError: the server is about to end.
+        """
+        ticket = Ticket(self._service, self._service.job(ids, **options))
+        job = ticket.job
+        job.submitted, job.deadline = self._since, self._deadline
+        try:
+            self._service.engine.submit(job)
+        except Refused as error:
+            raise self._service.refusal(error) from None
+        self.left -= 1
+        return ticket
+
+
 class Ticket:
     """A request in the engine, as seen from the event loop."""
 
-    job: Job
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, job: Job) -> None:
+        self._service, self.job = service, job
+        job.listener = self.listen
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._latest = Update()
