@@ -172,7 +172,10 @@ def test_native_folders_stay_with_stock_transformers(folder: Path, tmp_path: Pat
         model = auto.from_pretrained(tmp_path / "native")
         assert type(model).__module__ == "transformers.models.glm.modeling_glm"
         assert type(model).__name__ == name
-    assert torch.equal(logits(model), logits(glmquant.load(tmp_path / "native", device="cpu")))
+    # Not the same bits: in half precision, our attention and output head round less often than torch's.
+    torch.testing.assert_close(
+        logits(model), logits(glmquant.load(tmp_path / "native", device="cpu")), atol=2e-4, rtol=1e-2
+    )
 
 
 def test_packed_original_folders(folder: Path, tmp_path: Path) -> None:
