@@ -104,11 +104,7 @@ def test_a_base_is_stated_only_where_it_is_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "said", "option"),
     [
-        (
-            Recipe(bits=8, activations=8),
-            "W8A8: INT8 weights, one scale per row, activations rounded to 8 bit",
-            "--bits w8a8 ",
-        ),
+        (Recipe(bits=8, activations=8), "INT8 weights, one scale per row, activations rounded to 8 bit", "--bits w8a8"),
         (Recipe(format="gptq", gptq_version=2, method="rtn"), "INT4, groups of 128", "--gptq-version 2"),
         (Recipe(format="bitsandbytes"), "NF4, groups of 64", "--format bitsandbytes"),
         (Recipe(format="bitsandbytes", double_quant=True), "NF4, groups of 64, scales quantized too", "--double-quant"),

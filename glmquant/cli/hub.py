@@ -47,8 +47,8 @@ def download(
     glmquant download ms:ZhipuAI/chatglm3-6b --local-dir glm3     from ModelScope, into a folder
     glmquant download hf:THUDM/chatglm3-6b --endpoint https://hf-mirror.com
 
-    The same command goes on where an interrupted one ended. To quantize a model there is no need to download it
-    first: glmquant convert takes a REF.
+    The same command goes on where an interrupted one ended. No file of yours in DIR is replaced. To quantize a model
+    there is no need to download it first: glmquant convert takes a REF.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
     from .. import hub
 
