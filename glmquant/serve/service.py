@@ -89,7 +89,7 @@ class Service:
             ApiError: a prompt is too long for certain, too many requests wait, or the server is about to end.
         """
         if max(characters) > self.context * _CHARACTERS:
-            raise self.too_long(f"over {self.context}")
+            raise self._too_long(f"over {self.context}")
         try:
             self.engine.reserve(len(characters))
         except Refused as error:
@@ -116,7 +116,7 @@ class Service:
         if not found:
             raise ApiError(400, "the prompt is empty.", param="prompt", code="invalid_value")
         if len(found) >= self.context:
-            raise self.too_long(str(len(found)))
+            raise self._too_long(str(len(found)))
         if min(found) < 0 or max(found) >= self._vocab:
             raise ApiError(400, f"the prompt has ids beyond the model's {self._vocab}.", code="invalid_value")
         return found
@@ -128,8 +128,7 @@ class Service:
         tokenizer = self.prompt.tokenizer
         return list(tokenizer.encode(prompt, split_special_tokens=self.prompt.kind != "template"))
 
-    def too_long(self, count: str) -> ApiError:
-        """What a prompt with too many tokens is answered."""
+    def _too_long(self, count: str) -> ApiError:
         return ApiError(
             400,
             f"the prompt has {count} tokens; prompt and answer together may have {self.context} here. Shorten it.",
