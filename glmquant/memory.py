@@ -10,6 +10,7 @@ a forward pass (`glmquant.memory_activations`). The fixed sizes of a process are
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Iterable
@@ -33,6 +34,8 @@ _MIB = 1 << 20
 # Resident memory of a Python process on a CPU that has run a model, less the model: interpreter, torch, transformers
 # and their pages. Measured with torch 2.13 (CPU build), transformers 5.23, Python 3.11 on Linux.
 _CPU_PROCESS = 362 * _MIB
+# torch imports Triton where it is installed, as it is beside its CUDA builds; measured with Triton 3.
+_TRITON = 79 * _MIB
 # Of the cache and the activations: what glibc's malloc holds beyond what is in use. Measured, 0.2 to 0.35; it comes
 # from caches that grow by a token at a time.
 _CPU_SLACK = 0.30
@@ -42,6 +45,7 @@ _CUDA_PROCESS = 512 * _MIB
 _CUDA_SLACK = 0.10
 # Row blocks of a weight that is being loaded: codes, their temporaries and a block in 16 bit; see models/loading.py.
 _LOAD_BLOCKS = 8 * _MIB
+_TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _VLLM_BLOCK, _VLLM_TOKENS, _VLLM_SEQUENCES = 16, 8192, 256  # vLLM's defaults: cache block, chunk, sequences
 _LLAMA_TOKENS = 512  # llama.cpp's n_ubatch
 
@@ -254,7 +258,7 @@ def estimate(
     weights, scales, rest = _resident(model)
     cache = cache_bytes(model.dims, workload, model.dtype)
     activations, workspace, scratch = _activations(model, workload, device)
-    base, slack = (_CPU_PROCESS, _CPU_SLACK) if device == "cpu" else (_CUDA_PROCESS, _CUDA_SLACK)
+    base, slack = (_cpu_process(), _CPU_SLACK) if device == "cpu" else (_CUDA_PROCESS, _CUDA_SLACK)
     # On a CPU the pages of the layer that is being copied are resident too.
     pages = _largest_stage(model) if device == "cpu" else 0
     return Memory(
@@ -317,6 +321,10 @@ def held_bytes(held: Held, dtype: str) -> tuple[int, int, int]:
     return 4 * words, rows * held.scheme.groups(columns) * (scale + offset), 0
 
 
+def _cpu_process() -> int:
+    return _CPU_PROCESS + (_TRITON if importlib.util.find_spec("triton") else 0)
+
+
 def _resident(model: Model) -> tuple[int, int, int]:
     each = [held_bytes(held, model.dtype) for held in model.held]
     weights, scales, rest = zip(*each, strict=True)
@@ -352,11 +360,15 @@ def _product(model: Model, role: Role, device: Literal["cuda", "cpu"], tokens: i
     packed = [(held.scheme, held.shape[1]) for held in model.held if held.role is role and held.scheme]
     if not packed:
         return "dense"
-    amx = model.dtype == "BF16" and tokens > _native.AMX_ROWS and _native.has_amx()
-    if device == "cuda" or amx or not _native.expected():
+    if device == "cuda":
         return "tiles"
-    in_blocks = all(columns // scheme.groups(columns) % 32 == 0 or scheme.groups(columns) == 1 for scheme, columns in packed)
-    return "kernel" if in_blocks else "tiles"
+    if not _native.expected():  # torch unpacks in the scales' dtype if that is the activations'
+        others = any(scheme.scale_dtype != _TORCH_NAMES[model.dtype] for scheme, _ in packed)
+        return "wide tiles" if others and model.dtype != "F32" else "tiles"
+    amx = model.dtype == "BF16" and tokens > _native.AMX_ROWS and _native.has_amx()
+    widths = [(columns // scheme.groups(columns), scheme.groups(columns)) for scheme, columns in packed]
+    in_blocks = all(width % 32 == 0 or groups == 1 for width, groups in widths)
+    return "kernel" if in_blocks and not amx else "tiles"
 
 
 def _largest_stage(model: Model) -> int:

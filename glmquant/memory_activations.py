@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 
 from .families import Dims
 
-Product = Literal["dense", "kernel", "tiles"]
-"""How a layer is multiplied by: it is not quantized; a compiled CPU kernel; unpacked tile by tile."""
+Product = Literal["dense", "kernel", "tiles", "wide tiles"]
+"""How a layer is multiplied by: it is not quantized; a compiled CPU kernel; unpacked tile by tile; in float32 first."""
 
 # Weights in an unpacked tile: see glmquant/ops/reference.py.
 _TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -170,7 +170,8 @@ def _product_bytes(shape: Shape, how: Product, tokens: int, rows: int, columns: 
     if shape.device == "cuda":
         unpacking = tile * (1 + shape.item)  # codes of one byte beside the result
         return max(previous + unpacking, tile * shape.item + tokens * high * shape.item), 0
+    unpacking = tile * (4 + shape.item) if how == "wide tiles" else tile * shape.item
     if shape.half and tokens > 1:
         widened = 4 * tokens * columns
-        return widened + max(previous + tile * 2, tile * (2 + 4) + tokens * high * 4), 0
-    return max(previous + tile * shape.item, (tile + tokens * high) * shape.item), 0
+        return widened + max(previous + unpacking, tile * (2 + 4) + tokens * high * 4), 0
+    return max(previous + unpacking, (tile + tokens * high) * shape.item), 0

@@ -72,7 +72,7 @@ def allocated_peak(model: Any, ids: torch.Tensor, tmp_path: Path) -> int:
 
 
 def scratch(model: Any, tokens: int, tmp_path: Path) -> int:
-    """The most that a product of this model, or torch's attention, takes beyond its result: a CPU's, not the model's."""
+    """The most that a product of this model, or torch's attention, takes beyond its result: a CPU's, no model's."""
     taken = [0]
     config = model.config
     ffn = config.inner_hidden_size if config.model_type == "chatglm" else config.intermediate_size
@@ -82,7 +82,9 @@ def scratch(model: Any, tokens: int, tmp_path: Path) -> int:
         given = sum(n for n in allocations(lambda x=x, w=weight: x @ w.t(), tmp_path) if n > 0)
         taken.append(given - tokens * rows * x.itemsize)
     query = torch.ones(1, 1, tokens // 2, 128)  # of two sequences; `_attend` has them in float32
-    given = sum(n for n in allocations(lambda: attention(query, query, query, is_causal=True), tmp_path) if n > 0)
+    given = sum(
+        n for n in allocations(lambda: attention(query, query, query, is_causal=True), tmp_path) if n > 0
+    )
     return max(*taken, given - query.nbytes)
 
 
