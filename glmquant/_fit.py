@@ -181,7 +181,8 @@ def _with(recipe: Recipe, fit: Fit) -> Recipe:
     """`recipe` with these choices; where all of them are 16 bit, nothing is quantized at all."""
     if all(choice.bits == 16 for choice in fit.choices):
         plain = {"quantize_head": False, "quantize_embeddings": False}
-        return replace(recipe, fit=fit, bits=16, method=None, format="safetensors", **plain)  # type: ignore[arg-type]
+        recipe = replace(recipe, method=None, calibration=None)  # of no use any more
+        return replace(recipe, fit=fit, bits=16, format="safetensors", **plain)  # type: ignore[arg-type]
     return replace(recipe, fit=fit)
 
 

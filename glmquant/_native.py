@@ -7,6 +7,7 @@ everything is done with torch; `why_not` says so in a sentence. ``GLMQUANT_NATIV
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -37,6 +38,9 @@ _TUNINGS = (
 )  # fmt: skip
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT_S = 600  # 18 s of work, for as many cores as there are sources
+
+AMX_ROWS = 16
+"""From more rows on, tiles that torch multiplies on AMX are faster than the kernels."""
 
 # Result and arguments of every function: a pointer, an int, an int64, a float, or nothing.
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_int64, "f": ctypes.c_float, "": None}
@@ -75,6 +79,19 @@ def why_not() -> str | None:
     return None if found.library is not None else found.reason
 
 
+def expected() -> bool:
+    """Whether there is a `library`, or, if that has not been tried yet, seems to be all that it takes."""
+    if _loaded is not None:
+        return _loaded.library is not None
+    return os.environ.get("GLMQUANT_NATIVE") != "0" and _compiler() is not None
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether torch multiplies bfloat16 on AMX here, which needs no torch to be told."""
+    return "amx_tile" in _processor()
+
+
 def _load() -> _Loaded:
     global _loaded
     if _loaded is None:
@@ -87,8 +104,7 @@ def _load() -> _Loaded:
 def _find() -> _Loaded:
     if os.environ.get("GLMQUANT_NATIVE") == "0":
         return _Loaded(None, "GLMQUANT_NATIVE=0 turns the compiled kernels off")
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else _COMPILERS
-    compiler = next((found for name in wanted if (found := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None:
         return _Loaded(None, "no C++ compiler was found (install g++ or clang++ to go five times as fast)")
     try:
@@ -97,6 +113,11 @@ def _find() -> _Loaded:
         said = getattr(error, "stderr", None) or str(error)
         line = next((line for line in said.splitlines() if "error" in line), said.strip().partition("\n")[0])
         return _Loaded(None, f"{compiler} could not build the CPU kernels ({line})")
+
+
+def _compiler() -> str | None:
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else _COMPILERS
+    return next((found for name in wanted if (found := shutil.which(name))), None)
 
 
 def _built(compiler: str) -> Path:

@@ -10,17 +10,19 @@ a forward pass (`glmquant.memory_activations`). The fixed sizes of a process are
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from . import families, formats
+from . import _native, families, formats
 from .checkpoint.source import ITEM_SIZES, TensorSource
 from .errors import SourceError, UsageError
 from .families import Dims, Role
-from .memory_activations import Shape, decode_bytes, prefill_bytes
+from .memory_activations import Product, Shape, Taken, decode_bytes, prefill_bytes
 from .plan import Plan
 from .scheme import Scheme
 
@@ -32,6 +34,8 @@ _MIB = 1 << 20
 # Resident memory of a Python process on a CPU that has run a model, less the model: interpreter, torch, transformers
 # and their pages. Measured with torch 2.13 (CPU build), transformers 5.23, Python 3.11 on Linux.
 _CPU_PROCESS = 362 * _MIB
+# torch imports Triton where it is installed, as it is beside its CUDA builds; measured with Triton 3.
+_TRITON = 79 * _MIB
 # Of the cache and the activations: what glibc's malloc holds beyond what is in use. Measured, 0.2 to 0.35; it comes
 # from caches that grow by a token at a time.
 _CPU_SLACK = 0.30
@@ -41,6 +45,7 @@ _CUDA_PROCESS = 512 * _MIB
 _CUDA_SLACK = 0.10
 # Row blocks of a weight that is being loaded: codes, their temporaries and a block in 16 bit; see models/loading.py.
 _LOAD_BLOCKS = 8 * _MIB
+_TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _VLLM_BLOCK, _VLLM_TOKENS, _VLLM_SEQUENCES = 16, 8192, 256  # vLLM's defaults: cache block, chunk, sequences
 _LLAMA_TOKENS = 512  # llama.cpp's n_ubatch
 
@@ -163,6 +168,7 @@ class Memory:
         cache: keys and values of all tokens.
         activations: what a forward pass holds at its widest point, the growing of a dynamic cache included.
         workspace: unpacked weights of the linear layer at that point.
+        scratch: what a compiled CPU kernel takes beside; torch's allocator does not see it.
         process_base: the process without a model: a CUDA context, or interpreter and libraries on a CPU.
         slack: what allocators hold beyond what is in use.
         load_peak: most of `process` while loading.
@@ -179,6 +185,7 @@ class Memory:
     process_base: int
     slack: int
     load_peak: int
+    scratch: int = 0
     approximate: bool = False
     note: str = ""
 
@@ -195,7 +202,7 @@ class Memory:
     @property
     def process(self) -> int:
         """Peak of the whole process while it runs."""
-        return self.allocated + self.process_base + self.slack
+        return self.allocated + self.scratch + self.process_base + self.slack
 
     @property
     def peak(self) -> int:
@@ -250,8 +257,8 @@ def estimate(
         note = "plain transformers unpacks quantized weights to 16 bit before it runs, so they save no memory there"
     weights, scales, rest = _resident(model)
     cache = cache_bytes(model.dims, workload, model.dtype)
-    activations, workspace = _activations(model, workload, device)
-    base, slack = (_CPU_PROCESS, _CPU_SLACK) if device == "cpu" else (_CUDA_PROCESS, _CUDA_SLACK)
+    activations, workspace, scratch = _activations(model, workload, device)
+    base, slack = (_cpu_process(), _CPU_SLACK) if device == "cpu" else (_CUDA_PROCESS, _CUDA_SLACK)
     # On a CPU the pages of the layer that is being copied are resident too.
     pages = _largest_stage(model) if device == "cpu" else 0
     return Memory(
@@ -259,6 +266,7 @@ def estimate(
         process_base=base,
         slack=int(slack * (cache + activations + workspace)),
         load_peak=base + weights + scales + rest + pages + _LOAD_BLOCKS,
+        scratch=scratch,
         note=note,
     )  # fmt: skip
 
@@ -313,15 +321,18 @@ def held_bytes(held: Held, dtype: str) -> tuple[int, int, int]:
     return 4 * words, rows * held.scheme.groups(columns) * (scale + offset), 0
 
 
+def _cpu_process() -> int:
+    return _CPU_PROCESS + (_TRITON if importlib.util.find_spec("triton") else 0)
+
+
 def _resident(model: Model) -> tuple[int, int, int]:
     each = [held_bytes(held, model.dtype) for held in model.held]
     weights, scales, rest = zip(*each, strict=True)
     return sum(weights), sum(scales), sum(rest)
 
 
-def _activations(model: Model, workload: Workload, device: Literal["cuda", "cpu"]) -> tuple[int, int]:
+def _activations(model: Model, workload: Workload, device: Literal["cuda", "cpu"]) -> Taken:
     prompt = workload.prompt or workload.context
-    packed = {held.role: held.scheme for held in model.held if held.scheme is not None}
     shape = Shape(
         model.dims,
         first=model.family == "chatglm",
@@ -330,16 +341,34 @@ def _activations(model: Model, workload: Workload, device: Literal["cuda", "cpu"
         batch=workload.batch,
         context=workload.context,
         device=device,
-        packed=Role.LINEAR in packed,
-        packed_head=Role.HEAD in packed,
+        linear=_product(model, Role.LINEAR, device, workload.batch * min(workload.chunk or prompt, prompt)),
+        head=_product(model, Role.HEAD, device, workload.batch),
+        short=os.environ.get("GLMQUANT_EXACT") != "1",
         grows=workload.cache == "dynamic",
     )
-    activations, workspace = prefill_bytes(
-        replace(shape, context=prompt), min(workload.chunk or prompt, prompt)
-    )
+    prefill = prefill_bytes(replace(shape, context=prompt), min(workload.chunk or prompt, prompt))
     # What the cache grows by later is not there yet.
     later = cache_bytes(model.dims, workload, model.dtype) * (workload.context - prompt) // workload.context
-    return max((activations - later, workspace), decode_bytes(shape), key=sum)
+    prefill = prefill._replace(activations=prefill.activations - later)
+    return Taken.widest((prefill, decode_bytes(shape)))
+
+
+def _product(model: Model, role: Role, device: Literal["cuda", "cpu"], tokens: int) -> Product:
+    """What `glmquant.ops.choice` will choose; of layers that differ, the one that takes most."""
+    if role is Role.HEAD and model.dims.tied_head:
+        role = Role.EMBEDDING
+    packed = [(held.scheme, held.shape[1]) for held in model.held if held.role is role and held.scheme]
+    if not packed:
+        return "dense"
+    if device == "cuda":
+        return "tiles"
+    if not _native.expected():  # torch unpacks in the scales' dtype if that is the activations'
+        others = any(scheme.scale_dtype != _TORCH_NAMES[model.dtype] for scheme, _ in packed)
+        return "wide tiles" if others and model.dtype != "F32" else "tiles"
+    amx = model.dtype == "BF16" and tokens > _native.AMX_ROWS and _native.has_amx()
+    widths = [(columns // scheme.groups(columns), scheme.groups(columns)) for scheme, columns in packed]
+    in_blocks = all(width % 32 == 0 or groups == 1 for width, groups in widths)
+    return "kernel" if in_blocks and not amx else "tiles"
 
 
 def _largest_stage(model: Model) -> int:

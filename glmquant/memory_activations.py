@@ -1,22 +1,54 @@
 """What a forward pass holds at its widest point, in bytes.
 
-Every sum lists the tensors that are alive at one line of the code: transformers' ``modeling_glm.py`` (5.23) for
-ChatGLM2 and later, `glmquant.models.chatglm` for ChatGLM-6B, and for the packed linear layers
-`glmquant.ops.reference`. Widths are per token: h hidden, q all query heads, f of the MLP. torch's profiler finds the
-same bytes (``tests/test_memory_peaks.py``). One thing is left out, which is a CPU's and no model's: scratch of oneDNN's
-products in bfloat16, 0.1 to 1 MiB for every thread.
+Every sum lists the tensors that are alive at one line of the code: `glmquant.models.fused` and transformers'
+``modeling_glm.py`` (5.23) for ChatGLM2 and later, `glmquant.models.chatglm` for ChatGLM-6B, and for the packed linear
+layers `glmquant.ops.reference`. Widths are per token: h hidden, q all query heads, kv all key heads, f of the MLP.
+torch's profiler finds the same bytes (``tests/test_memory_peaks.py``), but for what the compiled CPU kernels take from
+the heap themselves; ``kernels/cpu/fixed.h`` says what. One thing is left out, which is a CPU's and no model's: scratch
+of 0.1 to 1 MiB for every thread, of oneDNN's products in bfloat16, torch's attention and the compiled kernels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .families import Dims
+
+Product = Literal["dense", "kernel", "tiles", "wide tiles"]
+"""How a layer is multiplied by: it is not quantized; a compiled CPU kernel; unpacked tile by tile; in float32 first."""
 
 # Weights in an unpacked tile: see glmquant/ops/reference.py.
 _TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
 _LOGITS_COPIES = 12  # bytes of float32 copies that sampling makes of a logit
+_FEW_ROWS = 8  # up to which the compiled kernels never round activations to 8 bits
+
+
+class Taken(NamedTuple):
+    """Bytes at one point.
+
+    Attributes:
+        activations: of torch's allocator, as the next.
+        workspace: unpacked weights and products with them.
+        scratch: of a compiled kernel, which that allocator does not see.
+    """
+
+    activations: int
+    workspace: int
+    scratch: int
+
+    @property
+    def allocated(self) -> int:
+        """What torch's allocator has given out."""
+        return self.activations + self.workspace
+
+    @classmethod
+    def widest(cls, points: Iterable[Taken]) -> Taken:
+        """Where most is allocated; and so much scratch beside it that the sum is the most of any point."""
+        points = list(points)
+        most = max(points, key=lambda taken: taken.allocated)
+        return most._replace(scratch=max(map(sum, points)) - most.allocated)
 
 
 @dataclass(frozen=True)
@@ -27,12 +59,13 @@ class Shape:
         dims: sizes of the model.
         first: it is ChatGLM-6B.
         item: bytes of an activation.
-        half: activations are float16, which a CPU widens before it multiplies.
+        half: activations are float16, which a CPU widens before it attends, and multiplies where no kernel does.
         batch: sequences.
         context: tokens of each.
         device: ``cpu`` or ``cuda``.
-        packed: linear layers are quantized.
-        packed_head: so is the head.
+        linear: how linear layers are multiplied by.
+        head: the same of the head.
+        short: kernels round the activations of long prompts to 8 bits.
         grows: the cache grows by concatenation.
     """
 
@@ -43,73 +76,102 @@ class Shape:
     batch: int
     context: int
     device: Literal["cuda", "cpu"]
-    packed: bool
-    packed_head: bool
+    linear: Product
+    head: Product
+    short: bool
     grows: bool
 
 
-def prefill_bytes(shape: Shape, chunk: int) -> tuple[int, int]:
-    """Activations and workspace of a prompt of which `chunk` tokens are computed at once."""
+def prefill_bytes(shape: Shape, chunk: int) -> Taken:
+    """What a prompt takes of which `chunk` tokens are computed at once."""
     d, tokens = shape.dims, shape.batch * chunk
-    h, f, q = d.hidden, d.ffn, d.heads * d.head_dim
+    h, f, q, kv = d.hidden, d.ffn, d.heads * d.head_dim, d.kv_heads * d.head_dim
     mask = shape.batch * chunk * shape.context if shape.first or chunk < shape.context else 0  # bool
     # ids, mask and positions as int64, cosines and sines
     kept = mask + tokens * (3 * 8 + (2 if shape.first else 1) * d.head_dim * shape.item)
 
-    def phase(width: int, *layer: int, more: int = 0) -> tuple[int, int]:
+    def phase(width: int, *layer: int, more: int = 0) -> Taken:
         """`width` activations of a token, `more` bytes, inside of a linear layer [out, in] if one is given."""
-        workspace = _linear_workspace(shape, tokens, *layer) if layer and shape.packed else 0
-        return kept + more + tokens * width * shape.item, workspace
+        inside = _product_bytes(shape, shape.linear, tokens, *layer) if layer else (0, 0)
+        return Taken(kept + more + tokens * width * shape.item, *inside)
 
     # 4h: the embeddings, the layer's input, the second residual, the normed input of the MLP.
     if shape.first:
-        mlp = [
+        points = [
             phase(4 * h + f, f, h),  # the first linear layer
             phase(4 * h + 2 * f),  # GELU
             phase(4 * h + f + h, h, f),  # the second
+            # Embeddings, input, normed; query_key_value; both rotated, and three temporaries of the second rotation.
+            phase(3 * h + 3 * h, 3 * h, h),
+            phase(3 * h + 3 * h + 4 * h),
+            phase(9 * h, h, h),
+            phase(3 * h + 3 * h + 2 * h + h, more=mask * shape.item),  # the mask as numbers
         ]
-        # Embeddings, input, normed; query_key_value; both rotated, and three temporaries of the second rotation.
-        attention = [phase(3 * h + 3 * h, 3 * h, h), phase(3 * h + 3 * h + 4 * h), phase(9 * h, h, h)]
-        scores = phase(3 * h + 3 * h + 2 * h + h, more=mask * shape.item)  # the mask as numbers
     else:
-        mlp = [
+        points = [
             phase(4 * h + 2 * f, 2 * f, h),
             phase(4 * h + 2 * f + 2 * f),  # gate and up, silu(gate), their product
             phase(4 * h + 2 * f + f + h, h, f),  # gate still holds both halves
+            # Keys and values of this layer count as cache before they are in it. Embeddings, input, normed; q, k and v.
+            phase(3 * h + q, q + 2 * kv, h),
+            # Halves of the heads, rotated, of both; then they become whole heads of queries.
+            phase(3 * h + q + (q + kv) // 2 + q),
+            phase(3 * h + q + h, h, q),
+            *_attending(shape, phase, chunk, mask),
         ]
-        # Keys and values of this layer count as cache before they are in it. o_proj: the query is there until the end.
-        attention = [phase(3 * h + q, q, h), phase(3 * h + 2 * q + h, h, q)]
-        # With a mask, keys and values are repeated for every query head.
-        repeated = 2 * q * shape.batch * shape.context * shape.item if mask and d.kv_heads < d.heads else 0
-        # embeddings, input, normed; query, mixed values, and these once more in the order of the output
-        scores = phase(3 * h + 3 * q, more=repeated + mask * shape.item)
-    return max(*mlp, *attention, scores, _head(shape, 2 * h * tokens * shape.item + kept), key=sum)
+    points.append(_head(shape, 2 * h * tokens * shape.item + kept))
+    return Taken.widest(points)
 
 
-def decode_bytes(shape: Shape) -> tuple[int, int]:
-    """Activations and workspace of one more token on a full cache."""
+def _attending(shape: Shape, phase: Callable[..., Taken], chunk: int, mask: int) -> list[Taken]:
+    """Attention of ChatGLM2 and later: embeddings, input, normed; query, mixed values, and these once more in order."""
+    d, tokens, keys = shape.dims, shape.batch * chunk, shape.batch * shape.context
+    h, q, kv = d.hidden, d.heads * d.head_dim, d.kv_heads * d.head_dim
+    if shape.device == "cpu" and shape.half:  # all in float32 but the query that comes and the values that go
+        wide, sums = 4 * q * tokens, 4 * d.heads * tokens
+        return [
+            phase(3 * h + q, more=wide + 8 * kv * keys + wide + sums + mask * 4),
+            phase(3 * h + q + q, more=wide),
+        ]
+    # With a mask, a GPU has keys and values repeated for every query head.
+    repeated = 2 * q * keys * shape.item if shape.device == "cuda" and mask and d.kv_heads < d.heads else 0
+    return [phase(3 * h + 3 * q, more=repeated + mask * shape.item)]
+
+
+def decode_bytes(shape: Shape) -> Taken:
+    """What one more token takes on a full cache."""
     d = shape.dims
+    each = d.kv_heads * d.head_dim * shape.context * shape.batch
     # Keys, then values, of a layer are copied to a place that is one token larger.
-    copied = d.kv_heads * d.head_dim * shape.context * shape.batch * shape.item if shape.grows else 0
-    return max((copied, 0), _head(shape, 0), key=sum)
+    points = [_head(shape, 0), Taken(each * shape.item if shape.grows else 0, 0, 0)]
+    if shape.half and shape.device == "cpu" and not shape.first:
+        points.append(Taken(2 * each * 4, 0, 0))  # both, in float32
+    return Taken.widest(points)
 
 
-def _head(shape: Shape, live: int) -> tuple[int, int]:
+def _head(shape: Shape, live: int) -> Taken:
     """The logits of the last token, and sampling's copies of them."""
     rows, vocab = shape.batch, shape.dims.vocab
-    workspace = _linear_workspace(shape, rows, vocab, shape.dims.hidden) if shape.packed_head else 0
-    return live + rows * vocab * (shape.item + _LOGITS_COPIES), workspace
+    inside = _product_bytes(shape, shape.head, rows, vocab, shape.dims.hidden)
+    return Taken(live + rows * vocab * (shape.item + _LOGITS_COPIES), *inside)
 
 
-def _linear_workspace(shape: Shape, tokens: int, rows: int, columns: int) -> int:
-    """Beyond input and output of a packed layer [rows, columns]: unpacked tiles, and the product with one."""
+def _product_bytes(shape: Shape, how: Product, tokens: int, rows: int, columns: int) -> tuple[int, int]:
+    """Workspace and scratch of a layer [rows, columns], beyond its input and output."""
+    if how == "dense":
+        return 0, 0
+    if how == "kernel":
+        planes = 3 if shape.item == 4 else 1 if shape.short and tokens > _FEW_ROWS else 2
+        # Bytes; for every 32 of them a scale, their sum, and for each plane the sum of its bytes.
+        return 0, tokens * (planes * (columns + 64) + columns // 32 * 4 * (2 + planes))
     high = min(rows, max(1, _TILE[shape.device] // columns))
     tile = high * columns
     previous = tile * shape.item if high < rows else 0  # until the next one is there
     if shape.device == "cuda":
         unpacking = tile * (1 + shape.item)  # codes of one byte beside the result
-        return max(previous + unpacking, tile * shape.item + tokens * high * shape.item)
+        return max(previous + unpacking, tile * shape.item + tokens * high * shape.item), 0
+    unpacking = tile * (4 + shape.item) if how == "wide tiles" else tile * shape.item
     if shape.half and tokens > 1:
         widened = 4 * tokens * columns
-        return widened + max(previous + tile * 2, tile * (2 + 4) + tokens * high * 4)
-    return max(previous + tile * shape.item, (tile + tokens * high) * shape.item)
+        return widened + max(previous + unpacking, tile * (2 + 4) + tokens * high * 4), 0
+    return max(previous + unpacking, (tile + tokens * high) * shape.item), 0

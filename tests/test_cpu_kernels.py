@@ -167,14 +167,14 @@ def name(rows: int, dtype: torch.dtype = torch.float16, group: int = 128) -> str
 
 @needs_kernels
 def test_which_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_has_amx", lambda: False)
+    monkeypatch.setattr(native._native, "has_amx", lambda: False)
     assert name(1) == name(8) == name(99, torch.float32) == "compiled CPU kernel"
     assert name(9) == name(512, torch.bfloat16) == "compiled CPU kernel, 8-bit activations"
     assert name(1, group=16) == "PyTorch, tile by tile"
     monkeypatch.setenv("GLMQUANT_EXACT", "1")
     assert name(9) == "compiled CPU kernel"
     assert "GLMQUANT_EXACT=1 asks" in choice.explain(Request("cpu", torch.float16, 9, 256, 128, 4, True))
-    monkeypatch.setattr(native, "_has_amx", lambda: True)
+    monkeypatch.setattr(native._native, "has_amx", lambda: True)
     assert name(100, torch.bfloat16) == "PyTorch, tile by tile"
     assert name(16, torch.bfloat16) == name(100) == "compiled CPU kernel"
 

@@ -16,6 +16,8 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import glmquant
+from glmquant.bench.cases import Workload
+from glmquant.bench.worker import _Generating
 from glmquant.models import decoding, step
 from glmquant.models.step import DecodeStep
 from glmquant.ops import decoding as ops
@@ -73,6 +75,16 @@ def both_ways(model: Any, steps: list[int], used: bool = True, **options: Any) -
 
 GREEDY = {"do_sample": False, "top_p": None, "temperature": None}
 SAMPLED = {"do_sample": True, "top_p": 0.9, "temperature": 1.4, "top_k": 30, "repetition_penalty": 1.1}
+
+
+def test_benchmarks_measure_it(model: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)  # put back afterwards
+    measured = _Generating(model)
+    measured.run(Workload(prompt=9, new=4), 2)
+    assert len(steps) == 3
+    config = model.config
+    columns = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+    assert measured.cache_bytes == 2 * columns * 256 * model.dtype.itemsize
 
 
 @pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from helpers_sources import CHATGLM, random_tensors, write_model
 
 import glmquant
 from glmquant import DoesNotFitError, Fit, Recipe, cli, convert, measure, verify
-from glmquant._fit import Option, fitted, spend
+from glmquant._fit import Option, _with, fitted, spend
 from glmquant._open import open_source
 from glmquant._sensitivity import Kind
 from glmquant.checkpoint.output import REPORT
 from glmquant.checkpoint.source import open_folder
+from glmquant.families.chatglm2 import FAMILY
 from glmquant.memory import Model, Workload, estimate
+from glmquant.plan import resolve_recipe
+from glmquant.recipe import Calibration, Choice
 
 MIB = 2**20
 
@@ -160,6 +164,14 @@ def test_layers_may_stay_in_16_bit(source: Path, tmp_path: Path) -> None:
     roomy = convert(source, tmp_path / "roomy", Recipe(fit=Fit(2**40, 64)))
     assert (roomy.plan.recipe.bits, roomy.plan.recipe.format) == (16, "safetensors")
     assert Model.of_checkpoint(open_folder(roomy.out)).weights > 0
+
+
+def test_all_in_16_bit_needs_no_calibration() -> None:
+    whole = Fit(1 << 30, 64, choices=(Choice("layer 0", (), 16, None),))
+    recipe = Recipe(method="gptq", calibration=Calibration(), fit=replace(whole, choices=()))
+    made = _with(recipe, whole)
+    assert (made.bits, made.method, made.calibration) == (16, None, None)
+    resolve_recipe(made, FAMILY)
 
 
 def test_a_budget_below_the_smallest(source: Path, tmp_path: Path, run: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_sources import CHATGLM, CHATGLM2, random_tensors, write_model
+from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.profiler import ProfilerActivity, profile
 
 import glmquant
@@ -71,13 +72,20 @@ def allocated_peak(model: Any, ids: torch.Tensor, tmp_path: Path) -> int:
 
 
 def scratch(model: Any, tokens: int, tmp_path: Path) -> int:
-    """The most that a product of this model takes beyond its result: a library's and a CPU's, none of the model's."""
+    """The most that a product of this model, or torch's attention, takes beyond its result: a CPU's, no model's."""
     taken = [0]
-    for columns in {model.config.hidden_size, model.config.num_attention_heads * 128}:
-        x, weight = (torch.ones(n, columns, dtype=model.dtype) for n in (tokens, 512))
+    config = model.config
+    ffn = config.inner_hidden_size if config.model_type == "chatglm" else config.intermediate_size
+    for columns in {config.hidden_size, config.num_attention_heads * 128, ffn}:
+        rows = min(config.hidden_size, (1 << 20) // columns)  # as of a tile
+        x, weight = (torch.ones(n, columns, dtype=model.dtype) for n in (tokens, rows))
         given = sum(n for n in allocations(lambda x=x, w=weight: x @ w.t(), tmp_path) if n > 0)
-        taken.append(given - tokens * 512 * x.itemsize)
-    return max(taken)
+        taken.append(given - tokens * rows * x.itemsize)
+    query = torch.ones(1, 1, tokens // 2, 128)  # of two sequences; `_attend` has them in float32
+    given = sum(
+        n for n in allocations(lambda: attention(query, query, query, is_causal=True), tmp_path) if n > 0
+    )
+    return max(*taken, given - query.nbytes)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])

@@ -97,6 +97,12 @@ def why_not(model: Any, input_ids: Tensor, config: Any, kwargs: dict[str, Any]) 
     return None
 
 
+def cache_bytes(model: Any) -> int:
+    """Bytes of the cache that `generate` keeps for the next request like the last; 0 if it went another way."""
+    found = _steps.get(model)
+    return 0 if found is None else found[0].cache_bytes
+
+
 def _step_for(model: Any, input_ids: Tensor, max_length: int) -> DecodeStep:
     """The one that the model used last, if it fits: graphs hold addresses, of weights too."""
     rows, columns = input_ids.shape

@@ -151,12 +151,15 @@ class _JointMixin:
         groups = this.config.num_key_value_heads
         query, key, value = heads.split((heads.shape[1] - 2 * groups, groups, groups), dim=1)  # type: ignore[no-untyped-call]
         query, key = glm.apply_rotary_pos_emb(query, key, *position_embeddings)
+        del joint, heads  # the widest point is still to come
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, this.layer_idx)
         kind = this.config._attn_implementation
         plain = not (this.training or kwargs.get("cache") or kwargs.get("output_attentions"))
         if kind == "sdpa" and query.device.type == "cpu" and plain:
-            return this.o_proj(_attend(query, key, value, attention_mask, this.scaling)), None
+            mixed = _attend(query, key, value, attention_mask, this.scaling)
+            del query, key, value
+            return this.o_proj(mixed), None
         attend = glm.ALL_ATTENTION_FUNCTIONS.get_interface(kind, glm.eager_attention_forward)
         options = {"dropout": this.attention_dropout if this.training else 0.0, "scaling": this.scaling}
         mixed, weights = attend(this, query, key, value, attention_mask, **options, **kwargs)
@@ -183,7 +186,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
         mixed = functional.scaled_dot_product_attention(
             query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=True
         )
-    return mixed.reshape(batch, heads, length, width).transpose(1, 2).reshape(batch, length, -1).to(dtype)
+    del key, value
+    if dtype == torch.float16:
+        del query
+    mixed = mixed.reshape(batch, heads, length, width).transpose(1, 2)
+    return mixed.to(dtype, memory_format=torch.contiguous_format).reshape(batch, length, -1)
 
 
 class JointGlmAttention(_JointMixin, glm.GlmAttention):

@@ -54,6 +54,11 @@ class DecodeStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values, with the room that there is."""
+        return self._keys.nbytes + self._values.nbytes
+
     def prompt_layers(self, columns: int) -> list[Any]:
         """Layers for a cache of transformers, which put keys and values of a prompt of `columns` where they stay."""
         if columns > self.capacity:

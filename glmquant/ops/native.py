@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 _FEW_ROWS = 8
 # How many signed bytes stand for an activation, see kernels/cpu/fixed.h: as exact as the dtype itself.
 _PLANES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
-# Tiles that torch multiplies on AMX are faster than the kernel from here on.
-_AMX_ROWS = 16
 
 
 def objection(request: Request) -> str | None:
@@ -30,8 +27,8 @@ def objection(request: Request) -> str | None:
         return f"the activations are on {request.device}"
     if request.group_size != request.columns and request.group_size % 32:
         return f"groups of {request.group_size} columns do not consist of blocks of 32"
-    if request.rows > _AMX_ROWS and request.dtype == torch.bfloat16 and _has_amx():
-        return f"there are {request.rows} rows, and from {_AMX_ROWS + 1} on AMX is faster"
+    if request.rows > _native.AMX_ROWS and request.dtype == torch.bfloat16 and _native.has_amx():
+        return f"there are {request.rows} rows, and from {_native.AMX_ROWS + 1} on AMX is faster"
     return _native.why_not()
 
 
@@ -44,11 +41,6 @@ def short_objection(request: Request) -> str | None:
     if os.environ.get("GLMQUANT_EXACT") == "1":
         return "GLMQUANT_EXACT=1 asks for exact activations"
     return objection(request)
-
-
-@functools.cache
-def _has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
 
 
 def linear(
