@@ -74,7 +74,7 @@ class HubSource:
         self._scratch = scratch
         if scratch is not None:
             self.repository.advice = (
-                "run the same command with --resume to go on from the whole files that were written; without it "
+                "run the same command with --resume to go on from what has been quantized; without it "
                 "everything is fetched again"
             )
         else:
