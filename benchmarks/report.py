@@ -118,6 +118,8 @@ def _stream(result: Result, plot: Path) -> list[str]:
 
 
 def _quality(result: Result, plot: Path) -> list[str]:
+    if "same kind" in result["trials"][0]:
+        return _two_texts(result)
     rows = [["", "bits per weight", "KL divergence, nats", "99 % below", "perplexity, x", "same top token"]]
     figure, axes = _figure()
     for trial in result["trials"]:
@@ -140,6 +142,29 @@ def _quality(result: Result, plot: Path) -> list[str]:
         _markdown(rows),
         *_summary(result, plot),
     ]
+
+
+def _two_texts(result: Result) -> list[str]:
+    """Recipes that were judged on the kind of text that they were calibrated on, and on another."""
+    kinds = ("same kind", "another kind")
+    rows = [
+        [
+            "",
+            "bits per weight",
+            *(f"{what}, {kind} of text" for kind in kinds for what in ("KLD", "perplexity, x")),
+        ]
+    ]
+    for trial in result["trials"]:
+        cells = [f"{trial['linear_bits']:.2f}"]
+        for kind in kinds:
+            found = trial.get(kind)
+            cells += (
+                [_with_error(found["kl_mean"]), _with_error(found["perplexity_ratio"], 4)]
+                if found
+                else ["", ""]
+            )
+        rows.append([trial["recipe"], *cells])
+    return [_markdown(rows)]
 
 
 def _bench(result: Result, plot: Path) -> list[str]:
