@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Processes that test; each takes a core and up to 2 GB.
+WORKERS ?= 2
 
 .PHONY: demo test check format bench report kernels test-engines clean
 
@@ -12,7 +14,7 @@ demo: $(READY)  ## convert a real language model to INT8 and INT4 and let it ans
 	TQDM_DISABLE=1 $(BIN)/python -m benchmarks.demo
 
 test: $(READY)  ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .
