@@ -8,10 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from hub import HubServer
+
+# The same examples in every run, so that a failure is that of the change at hand; --hypothesis-profile=explore looks
+# for new ones. No deadline: on a busy machine any single example may take long.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_configure() -> None:

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
-# No deadline: on a busy machine any single example may take long.
-QUICK = settings(deadline=None, max_examples=40)
+QUICK = settings(max_examples=40)
 MATRICES = ("normal", "heavy_tail", "wide_scale_spread", "edge_rows", "undefined_rows")
 
 

@@ -98,7 +98,7 @@ class Script:
                 place = len(text) - length
                 rows.append(answer[place] if place < len(answer) else self.stop)
         logits = torch.zeros(len(rows), self.vocab)
-        logits[range(len(rows)), rows] = 100.0
+        logits[range(len(rows)), rows] = 30.0
         return logits
 
 

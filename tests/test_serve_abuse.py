@@ -142,12 +142,14 @@ def test_a_client_that_reads_slowly_holds_up_nobody(address: str) -> None:
 
 def test_a_thousand_quick_requests_and_nobody_gets_another_s_answer(address: str) -> None:
     async def main() -> list[str]:
-        limits = httpx.Limits(max_connections=100)
-        async with httpx.AsyncClient(base_url=address, limits=limits, timeout=300) as client:
+        # Not by the client's own limit: what waits there costs it quadratic time.
+        turn = asyncio.Semaphore(100)
+        async with httpx.AsyncClient(base_url=address, timeout=300) as client:
 
             async def one(number: int) -> str:
                 messages = [{"role": "user", "content": f"n{number}"}]
-                answer = await client.post(CHAT, json={"messages": messages})
+                async with turn:
+                    answer = await client.post(CHAT, json={"messages": messages})
                 return answer.json()["choices"][0]["message"]["content"]
 
             return await asyncio.gather(*map(one, range(1000)))
@@ -168,7 +170,7 @@ def test_good_requests_among_bad_ones(address: str) -> None:
 
 
 def test_garbage_on_the_socket(address: str) -> None:
-    for garbage in (b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x00" * 1000):
+    for garbage in (b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/x.9\r\n\r\n", b"\x00" * 1000):
         with socket.create_connection(_place(address)) as connection:
             connection.sendall(garbage)
             connection.shutdown(socket.SHUT_WR)
@@ -218,7 +220,10 @@ def test_what_the_description_allows_is_never_a_crash(address: str) -> None:
 
         @hypothesis.given(case=operation.as_strategy())
         @hypothesis.settings(
-            max_examples=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+            max_examples=25,
+            # Each example is a request: making a failing one smaller would take minutes.
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
         )
         def check(case: Any) -> None:
             response = case.call(timeout=60)

@@ -23,6 +23,10 @@ from .streams import streamed, unless_left, whole
 
 Json = dict[str, Any]
 
+_WHOLE_OR_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}
+}
+
 
 def router(service: Service) -> APIRouter:
     """The routes of one model."""
@@ -44,7 +48,7 @@ def router(service: Service) -> APIRouter:
             raise ApiError(404, f"there is no model {name!r} here.", param="model", code="model_not_found")
         return model
 
-    @routes.post("/chat/completions")
+    @routes.post("/chat/completions", responses=_WHOLE_OR_STREAM)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.check_model(body.model)
@@ -66,7 +70,7 @@ def router(service: Service) -> APIRouter:
         (update,) = await whole(request, [ticket])
         return JSONResponse(form.whole(update))
 
-    @routes.post("/completions")
+    @routes.post("/completions", responses=_WHOLE_OR_STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
         service.check_model(body.model)
