@@ -239,6 +239,7 @@ def kernels_and_torch(monkeypatch: pytest.MonkeyPatch, interpreted: None) -> Any
         monkeypatch.setattr(ops, "_kernels", lambda tensor: True)
         with_kernels = compute()
         monkeypatch.setattr(ops, "_kernels", lambda tensor: False)
+        monkeypatch.setattr(ops, "_native", lambda tensor: False)
         return with_kernels, compute()
 
     return run

@@ -56,9 +56,8 @@ def separate(model: Any) -> Any:
 
 def joint(model: Any) -> bool:
     """Whether attentions compute q, k and v at once."""
-    x = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype)
     with torch.no_grad():
-        return all(attention._projected(x) is not None for attention in attentions(model))
+        return all(attention.joint() is not None for attention in attentions(model))
 
 
 def logits(model: Any, **options: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`generate` on a GPU at the speed of its memory: `DecodingMixin`.
+"""`generate` at the speed of the memory: `DecodingMixin`.
 
 transformers prepares a request, computes its prompt, and has the say on what comes of logits: processors, sampling,
 stopping, streamers. In between, where a request is an ordinary one, logits come from a `DecodeStep`. Everything else
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..ops import decoding_native
 from . import step
 from .step import DecodeStep
 
-DEVICES = {"cuda"}
-"""Where a `DecodeStep` is known to be of use."""
+DEVICES = {"cuda", "cpu"}
+"""Where a `DecodeStep` is known to be of use; on a CPU, where there are compiled kernels."""
 
 _KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 _ROOM = 512  # tokens of an answer that the cache has room for at first, unless it is known to be shorter
@@ -57,9 +58,12 @@ class DecodingMixin:
             run.start(input_ids.shape[1], model_kwargs.get("attention_mask"))
             logits = outputs.logits[:, -1]
             del outputs
-            return _generate(
-                run, logits, input_ids, logits_processor, stopping_criteria, generation_config, streamer
-            )
+            try:
+                return _generate(
+                    run, logits, input_ids, logits_processor, stopping_criteria, generation_config, streamer
+                )
+            finally:
+                run.end()
         finally:
             busy.release()
 
@@ -77,6 +81,8 @@ def why_not(model: Any, input_ids: Tensor, config: Any, kwargs: dict[str, Any]) 
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if model.device.type not in DEVICES:
         return f"the model is on {model.device.type}"
+    if model.device.type == "cpu" and (reason := decoding_native.why_not()):
+        return reason
     if input_ids.device != model.device:
         return f"the ids are on {input_ids.device}"
     if reason := step.why_not(model):

@@ -8,6 +8,8 @@ that finds them so multiplies by all at once. Whatever happens to the layers aft
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,8 +115,8 @@ class _JointMixin:
 
     _joined: tuple[tuple[int, ...], list[Tensor | None]] | None = None
 
-    def _projected(self, x: Tensor) -> Tensor | None:
-        """q, k and v, [..., all of their rows]; None where they have to be computed one by one."""
+    def joint(self) -> Callable[[Tensor], Tensor] | None:
+        """What computes q, k and v, [..., in] -> [..., all rows]; None where they are to be computed one by one."""
         layers = [self._modules[name] for name in _PROJECTIONS]  # type: ignore[attr-defined]
         if torch.compiler.is_compiling() or not _alike(layers):
             return None
@@ -126,10 +128,13 @@ class _JointMixin:
         if weight is None:
             return None
         if type(layers[0]) is nn.Linear:
-            return functional.linear(x, weight, others[0])
+            return functools.partial(functional.linear, weight=weight, bias=others[0])
         scale, zero_point, bias = others
         assert scale is not None
-        return ops.linear(x, weight, scale, zero_point, bias, layers[0].scheme.bits)
+        return functools.partial(
+            ops.linear, weight_packed=weight, weight_scale=scale, weight_zero_point=zero_point, bias=bias,
+            bits=layers[0].scheme.bits,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -141,11 +146,12 @@ class _JointMixin:
     ) -> tuple[Tensor, Tensor | None]:
         """As transformers' own."""
         this: Any = self
-        joint = None if torch.is_grad_enabled() else self._projected(hidden_states)
-        if joint is None:
+        compute = None if torch.is_grad_enabled() else self.joint()
+        if compute is None:
             others = (position_embeddings, attention_mask, past_key_values)
             found: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *others, **kwargs)  # type: ignore[misc]
             return found
+        joint = compute(hidden_states)
         shape = hidden_states.shape[:-1]
         heads = joint.view(*shape, -1, this.head_dim).transpose(1, 2)
         groups = this.config.num_key_value_heads

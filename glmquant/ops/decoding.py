@@ -1,7 +1,8 @@
 """What a token needs between the products when it is decoded: norms, rotary positions, attention to a static cache.
 
-Each is one launch on a GPU (`glmquant.ops.decoding_kernels`), where PyTorch's own operations are five to ten; on a
-CPU, plain PyTorch. Both round at the same places. What changes from token to token they read from memory,
+Each is one launch on a GPU (`glmquant.ops.decoding_kernels`), where PyTorch's own operations are five to ten, and one
+call on a CPU (`glmquant.ops.decoding_native`). Plain PyTorch does where neither is to be had. All round at the same
+places. What changes from token to token they read from memory,
 so that a CUDA graph may hold them.
 """
 
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from . import decoding_native
 
 PARTS = 64
 """Pieces into which attention on a GPU cuts the columns of a sequence, so that they fill the multiprocessors."""
@@ -38,6 +41,8 @@ class Cache:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, delta: Tensor | None = None) -> Tensor:
     """The norm of ``x + delta``, [rows, columns]; x becomes that sum, in place."""
+    if _native(x):
+        return decoding_native.rms_norm(x, weight, epsilon, delta)
     if not _kernels(x):
         if delta is not None:
             x.add_(delta)
@@ -58,6 +63,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, delta: Tensor | None = N
 
 def silu_product(both: Tensor) -> Tensor:
     """[rows, 2n] -> silu(first half) * second half, [rows, n]."""
+    if _native(both):
+        return decoding_native.silu_product(both)
     if not _kernels(both):
         gate, up = both.chunk(2, dim=-1)
         return up * functional.silu(gate)
@@ -83,6 +90,8 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, cache: C
         The queries, [rows, heads, width].
     """
     rows, (_, groups, capacity, width) = qkv.shape[0], cache.keys.shape
+    if cache.length is not None and _native(qkv):
+        return decoding_native.rotate_and_store(qkv, cos, sin, heads, cache, cache.length - 1)
     if not _kernels(qkv):
         q, k, v = torch.split(qkv.view(rows, -1, width), [heads, groups, groups], dim=1)
         cache.keys.index_copy_(2, cache.column, _rotated(k, cos, sin)[:, :, None])
@@ -110,6 +119,8 @@ def attend(query: Tensor, cache: Cache, scale: float) -> Tensor:
     """Attention of one token of each row [rows, heads, width] to its columns -> [rows, heads * width]."""
     rows, heads, width = query.shape
     _, groups, capacity, _ = cache.keys.shape
+    if cache.length is not None and _native(query):
+        return decoding_native.attend(query, cache, scale, cache.length - 1)
     if not _kernels(query):
         length = capacity if cache.length is None else cache.length
         columns = torch.arange(length, device=query.device)
@@ -144,3 +155,7 @@ def _kernels(tensor: Tensor) -> bool:
     from . import triton
 
     return triton.why_not(tensor.device) is None
+
+
+def _native(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not _kernels(tensor) and decoding_native.why_not() is None
