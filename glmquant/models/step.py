@@ -170,13 +170,13 @@ class _PromptLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keep them; attention is to them alone."""
+        """Keep them; attention is to them alone, where they are kept."""
         length = key_states.shape[2]
         self.keys, self.values = (room[:, :, :length] for room in self._room)
         self.keys.copy_(key_states)
         self.values.copy_(value_states)
         self.is_initialized = True
-        return key_states, value_states
+        return self.keys, self.values
 
 
 def why_not(model: Any) -> str | None:
