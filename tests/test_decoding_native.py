@@ -134,3 +134,15 @@ def test_as_many_threads_as_you_like() -> None:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_attention_of_rows_in_slots() -> None:
+    """Rows of different lengths, in slots of a larger cache: each as if it were alone."""
+    keys, values = (random(5, 2, 400, 16 + n, dtype=torch.float16)[..., n:].contiguous() for n in (0, 1))
+    query, slots = random(3, 6, 16, dtype=torch.float16), torch.tensor([4, 0, 2])
+    last = torch.tensor([0, 300, 57])
+    found = decoding_native.attend(query, keys, values, last, 0.4, slots=slots)
+    for row, (slot, column) in enumerate(zip(slots.tolist(), last.tolist(), strict=True)):
+        k, v = (t[slot : slot + 1, :, : column + 1].contiguous() for t in (keys, values))
+        alone = ops.Cache(k, v, torch.zeros(1, dtype=torch.int64), torch.tensor([column]), column + 1)
+        assert torch.equal(found[row : row + 1], ops.attend(query[row : row + 1], alone, 0.4))

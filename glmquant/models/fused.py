@@ -163,7 +163,7 @@ class _JointMixin:
         kind = this.config._attn_implementation
         plain = not (this.training or kwargs.get("cache") or kwargs.get("output_attentions"))
         if kind == "sdpa" and query.device.type == "cpu" and plain:
-            mixed = _attend(query, key, value, attention_mask, this.scaling)
+            mixed = attend_on_cpu(query, key, value, attention_mask, this.scaling)
             del query, key, value
             return this.o_proj(mixed), None
         attend = glm.ALL_ATTENTION_FUNCTIONS.get_interface(kind, glm.eager_attention_forward)
@@ -172,7 +172,7 @@ class _JointMixin:
         return this.o_proj(mixed.reshape(*shape, -1)), weights
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Attention on a CPU, [batch, heads, length, width] -> [batch, length, heads * width].
 
     Heads that share a key are handed over as rows of one head where there is one position, and half is computed as

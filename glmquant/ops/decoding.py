@@ -120,7 +120,8 @@ def attend(query: Tensor, cache: Cache, scale: float) -> Tensor:
     rows, heads, width = query.shape
     _, groups, capacity, _ = cache.keys.shape
     if cache.length is not None and _native(query):
-        return decoding_native.attend(query, cache, scale, cache.length - 1)
+        last = cache.column.expand(rows).contiguous()
+        return decoding_native.attend(query, cache.keys, cache.values, last, scale, first=cache.first)
     if not _kernels(query):
         length = capacity if cache.length is None else cache.length
         columns = torch.arange(length, device=query.device)

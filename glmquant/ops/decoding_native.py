@@ -50,14 +50,37 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, cache: C
     return query
 
 
-def attend(query: Tensor, cache: Cache, scale: float, column: int) -> Tensor:
-    """See `glmquant.ops.decoding.attend`; `column` is that of the cache."""
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    last: Tensor,
+    scale: float,
+    *,
+    first: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """Attention of one token of each row, which may be in any slot of a cache.
+
+    Args:
+        query: [rows, heads, width].
+        keys: [slots, groups, capacity, width], contiguous.
+        values: the same.
+        last: int64 [rows], the column of each row's token.
+        scale: of the products of queries and keys.
+        first: int64 [rows], each row's first column; None for 0.
+        slots: int64 [rows]; None where row i is in slot i.
+
+    Returns:
+        [rows, heads * width]. A row's does not depend on the others, nor on the number of threads.
+    """
     rows, heads, width = query.shape
-    _, groups, capacity, _ = cache.keys.shape
+    _, groups, capacity, _ = keys.shape
     query, out = query.contiguous(), query.new_empty(rows, heads * width)
     _library().glmquant_attend(
-        query.data_ptr(), FLOATS[query.dtype], rows, heads, groups, width, cache.keys.data_ptr(),
-        cache.values.data_ptr(), capacity, cache.first.data_ptr(), column, scale, out.data_ptr(),
+        query.data_ptr(), FLOATS[query.dtype], rows, heads, groups, width, keys.data_ptr(), values.data_ptr(),
+        capacity, None if slots is None else slots.data_ptr(), None if first is None else first.data_ptr(),
+        last.data_ptr(), scale, out.data_ptr(),
     )  # fmt: skip
     return out
 

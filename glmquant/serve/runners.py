@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from ..models.fused import attend_on_cpu
+from ..ops import decoding_native
+
 _ATTENTION = "glmquant_slots"
 
 
@@ -132,6 +135,12 @@ class _Layout:
         self._slots, self.positions, self.wanted = (
             torch.tensor(rows, dtype=torch.long, device=device) for rows in (slots, positions, wanted)
         )
+        # Requests of one token, which the CPU's kernel takes at once.
+        self._together: Tensor | None = None
+        if device.type == "cpu" and decoding_native.why_not() is None:
+            single = [first for _, first, last, _ in self._bounds if last - first == 1]
+            self._together = torch.tensor(single, dtype=torch.long)
+            self._their_slots, self._their_last = self._slots[single], self.positions[single]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Queries [heads, tokens, dim], keys and values [kv heads, tokens, dim] -> [tokens, heads, dim]."""
@@ -144,10 +153,20 @@ class _Layout:
         # keys and values are the same memory.
         grouped = query.view(kv_heads, heads // kv_heads, tokens, dim)
         result = query.new_empty(tokens, heads, dim)
+        if self._together is not None and len(self._together):
+            result[self._together] = decoding_native.attend(
+                query[:, self._together].transpose(0, 1), keys, values, self._their_last, scaling,
+                slots=self._their_slots,
+            ).view(-1, heads, dim)  # fmt: skip
         for (slot, first, last, length), mask in zip(self._bounds, self._masks, strict=True):
             k, v = keys[slot, :, :length], values[slot, :, :length]
             q = grouped[:, :, first:last]
-            if last - first == 1:
+            if last - first == 1 and self._together is not None:
+                continue
+            if query.device.type == "cpu":
+                found = attend_on_cpu(query[None, :, first:last], k[None], v[None], mask, scaling)
+                result[first:last] = found.view(last - first, heads, dim)
+            elif last - first == 1:
                 mixed = functional.scaled_dot_product_attention(
                     q[None, :, :, 0], k[None], v[None], scale=scaling
                 )

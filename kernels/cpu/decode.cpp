@@ -3,7 +3,7 @@
 // There is little to compute, and torch takes several operations for each, every one with a price of its own. Results
 // are rounded to the dtype of the model where torch's operations round them.
 //
-//     keys, values   [rows, groups, capacity, width], of the dtype of the model
+//     keys, values   [slots, groups, capacity, width], of the dtype of the model; a sequence is in one of the slots
 //
 // Attention goes through a sequence in pieces of a fixed number of columns, whose results are merged in order, so that
 // they do not depend on the number of threads.
@@ -201,22 +201,26 @@ extern "C" void glmquant_rotate(const void* qkv, int dtype, int64_t rows, int64_
     }
 }
 
-// Attention of one token of each row, query [rows, heads, width], to the columns from first[row] to `last`.
+// Attention of one token of each row, query [rows, heads, width], to the columns of slots[row] (null: of row) from
+// first[row] (null: 0) to last[row].
 extern "C" void glmquant_attend(const void* query, int dtype, int64_t rows, int64_t heads, int64_t groups,
                                 int64_t width, const void* keys, const void* values, int64_t capacity,
-                                const int64_t* first, int64_t last, float scale, void* out) {
-    const int64_t per_group = heads / groups, pieces = last / kPiece + 1, size = per_group * width;
+                                const int64_t* slots, const int64_t* first, const int64_t* last, float scale,
+                                void* out) {
+    const int64_t per_group = heads / groups, size = per_group * width, longest = *std::max_element(last, last + rows);
+    const int64_t pieces = longest / kPiece + 1;
     std::vector<float> queries(size_t(rows * heads * width)), sums(size_t(rows * groups * pieces * size));
     std::vector<Part> parts(size_t(rows * groups * pieces * per_group), Part{-INFINITY, 0.0f});
     widen(query, dtype, 0, rows * heads * width, queries.data());
     for (float& value : queries) value *= scale;
-    const int64_t wide = dtype == kFloat ? 4 : 2;
-#pragma omp parallel for schedule(dynamic) if (rows * groups * (last + 1) * width > kLeast)
+    const int64_t item = dtype == kFloat ? 4 : 2;
+#pragma omp parallel for schedule(dynamic) if (rows * groups * (longest + 1) * width > kLeast)
     for (int64_t task = 0; task < rows * groups * pieces; task++) {
         const int64_t piece = task % pieces, group = task / pieces, row = group / groups;
-        const int64_t begin = std::max(piece * kPiece, first[row]), end = std::min((piece + 1) * kPiece, last + 1);
+        const int64_t begin = std::max(piece * kPiece, first ? first[row] : 0);
+        const int64_t end = std::min((piece + 1) * kPiece, last[row] + 1);
         if (begin >= end) continue;
-        const int64_t place = group * capacity * width * wide;
+        const int64_t place = ((slots ? slots[row] : row) * groups + group % groups) * capacity * width * item;
         const Group of{queries.data() + group * size, per_group, width, static_cast<const char*>(keys) + place,
                        static_cast<const char*>(values) + place, dtype};
         attend_to(of, begin, end, parts.data() + task * per_group, sums.data() + task * size);
