@@ -139,6 +139,42 @@ def test_operands_that_do_not_go_together_are_refused() -> None:
         ops.linear(x, packed, scale, None, torch.zeros(1), 4)
     with pytest.raises(UsageError, match="float64"):
         ops.linear(x.double(), packed, scale, None, None, 4)
+    with pytest.raises(UsageError, match="activations on cpu do not go with a quantized layer on meta"):
+        ops.linear(x, packed.to("meta"), scale.to("meta"), None, None, 4)
+
+
+@pytest.mark.parametrize("implementation", ON_CPU, ids=lambda i: i.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.values())
+def test_operands_as_they_come(implementation: choice.Implementation, dtype: torch.dtype) -> None:
+    """Not contiguous, not aligned, and biases and scales of another dtype: the result is that of tidy ones."""
+
+    def untidy(tensor: Tensor) -> Tensor:
+        return torch.stack((tensor, torch.zeros_like(tensor)), dim=-1)[..., 0]
+
+    def shifted(tensor: Tensor) -> Tensor:
+        return torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
+
+    packed, scale, zero_point = operands(quantized(37, 128, Scheme(4, 32, False)))
+    assert zero_point is not None
+    for rows in (1, 9):
+        x, bias = activations(128, dtype, rows), torch.arange(37).bfloat16()
+        expected = implementation.run(x, packed, scale, zero_point, bias, 4)
+        for change in (untidy, shifted):
+            given = [change(t) for t in (x, packed, scale, zero_point, bias)]
+            assert torch.equal(implementation.run(*given, 4), expected)
+
+
+@pytest.mark.parametrize("implementation", ON_CPU, ids=lambda i: i.name)
+def test_scales_that_are_no_numbers_show_in_their_row_alone(implementation: choice.Implementation) -> None:
+    packed, scale, _ = operands(quantized(37, 128, Scheme(4, 32)))
+    x = activations(128, torch.float32 if "8-bit" not in implementation.name else torch.float16, 10)
+    expected = implementation.run(x, packed, scale, None, None, 4)
+    broken = scale.clone()
+    broken[3, 1], broken[30, 0] = float("inf"), float("nan")
+    found = implementation.run(x, packed, broken, None, None, 4)
+    sound = [row for row in range(37) if row not in (3, 30)]
+    assert torch.equal(found[:, sound], expected[:, sound])
+    assert not bool(found[:, [3, 30]].isfinite().any())
 
 
 def test_the_choice_explains_itself(monkeypatch: pytest.MonkeyPatch) -> None:

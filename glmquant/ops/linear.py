@@ -76,6 +76,7 @@ def _define(bits: int) -> None:
     def fake(
         x: Tensor, weight_packed: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
     ) -> Tensor:
+        _check(x, weight_packed, weight_scale, zero_point, bias, bits)
         return x.new_empty((*x.shape[:-1], weight_packed.shape[0]))
 
     torch.library.impl(name, "default", run)
