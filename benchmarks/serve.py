@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -30,7 +28,9 @@ from typing import Any
 
 import httpx
 
-from glmquant._version import __version__
+import glmquant
+from glmquant import Recipe
+from glmquant.bench import environment
 
 from . import gguf_writer
 
@@ -120,14 +120,17 @@ async def _load(address: str, prompts: Sequence[str], clients: int, new: int) ->
     """The replies to `prompts`, asked by so many clients that each ask one after the other; None is lost."""
     replies: list[Reply | None] = [None] * len(prompts)
     waiting = list(enumerate(prompts))[::-1]
-    limits = httpx.Limits(max_connections=clients)
+    # A connection for every request: servers close those that have been idle, or used often, whenever they like.
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
 
     async def client() -> None:
         async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as connection:
             while waiting:
                 number, prompt = waiting.pop()
-                with contextlib.suppress(httpx.HTTPError, RuntimeError):
+                try:
                     replies[number] = await _ask(connection, prompt, new)
+                except (httpx.HTTPError, RuntimeError) as error:
+                    print(f"request {number} was lost: {error!r}", file=sys.stderr)
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return replies
@@ -141,9 +144,9 @@ def _row(
     firsts = [reply.first for reply in there]
     tokens = sum(reply.tokens for reply in there)
     # Rounding may let two likely tokens change places, so an answer that differs is only wrong if it is another's.
-    same = sum(reply is not None and reply.text == right[n] for n, reply in enumerate(replies))
+    same = sum(reply is not None and reply.text == right.get(n) for n, reply in enumerate(replies))
     others = [{text for m, text in right.items() if m != n} for n in range(len(replies))]
-    mixed = sum(r is not None and r.text != right[n] and r.text in others[n] for n, r in enumerate(replies))
+    mixed = sum(r is not None and r.text != right.get(n) and r.text in others[n] for n, r in enumerate(replies))
     return Row(
         server, clients, len(replies), round(seconds, 3), tokens, round(tokens / seconds, 2),
         round(statistics.median(firsts), 4), round(max(firsts), 4), round(statistics.median(gaps), 4),
@@ -206,11 +209,13 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
     parser.add_argument("--source", type=Path, required=True, help="the stand-in, wide, float16")
-    parser.add_argument("--folder", type=Path, required=True, help="for the GGUF file, answers and logs")
+    parser.add_argument("--folder", type=Path, required=True, help="for converted files, answers and logs")
     parser.add_argument("--peer", help="Python with xllamacpp")
     parser.add_argument("--only", choices=["glmquant", "llama.cpp"])
-    parser.add_argument("--dtype", default="bfloat16", help="in which we compute")
-    parser.add_argument("--new", type=int, default=16, help="tokens of an answer")
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 16), default=4, help="INT4 and Q4_0, or 16-bit weights"
+    )
+    parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--fewest", type=int, default=8, help="requests of a row, at least")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
@@ -228,10 +233,11 @@ def main() -> None:
             continue
         port = _free_port()
         if name == "glmquant":
-            command = [sys.executable, "-m", "glmquant.cli", "serve", str(options.source), "--dtype", options.dtype,
+            command = [sys.executable, "-m", "glmquant.cli", "serve", str(_ours(options)), "--dtype", "float16",
                        "--port", str(port), "--context", str(CONTEXT), "--max-batch", str(SLOTS)]  # fmt: skip
         else:
-            model = gguf_writer.write(options.source, options.folder / "standin-f16.gguf")
+            kind = "F16" if options.bits == 16 else "Q4_0"
+            model = gguf_writer.write(options.source, options.folder / f"standin-{kind.lower()}.gguf", kind)
             command = [
                 options.peer,
                 "-c",
@@ -242,7 +248,7 @@ def main() -> None:
                 str(SLOTS),
                 str(CONTEXT),
             ]
-        known = options.folder / f"{name}-{options.new}-answers.json"
+        known = options.folder / f"{name}-{options.bits}-bit-{options.new}-answers.json"
         right = (
             {int(n): text for n, text in json.loads(known.read_text()).items()} if known.exists() else None
         )
@@ -256,22 +262,25 @@ def main() -> None:
     if options.answers:
         return
     document = {
-        "glmquant": __version__, "python": platform.python_version(), "torch": importlib.metadata.version("torch"),
-        "transformers": importlib.metadata.version("transformers"), "cpu": _cpu(), "threads": options.threads,
-        "model": "SmolLM2-135M-Instruct as a ChatGLM3 checkpoint (wide, 379 M weights), 16 bit",
-        "dtype": {"glmquant": options.dtype, "llama.cpp": "F16 file; xllamacpp's AVX2 build"},
+        "benchmark": "serve",
+        **environment.describe(),
+        "threads": options.threads,
+        "model": "SmolLM2-135M-Instruct as a ChatGLM3 checkpoint (wide, 379 M weights)",
+        "weights": "16 bit" if options.bits == 16 else "INT4 in groups of 128; Q4_0; head and embedding 16 bit",
+        "peer": "llama.cpp's server in xllamacpp, built for AVX2" if options.peer else None,
         "slots": SLOTS, "context": CONTEXT, "new_tokens": options.new,
         "rows": [row if isinstance(row, dict) else asdict(row) for row in rows],
     }  # fmt: skip
     options.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+def _ours(options: argparse.Namespace) -> Path:
+    if options.bits == 16:
+        return Path(options.source)
+    out: Path = options.folder / "standin-int4"
+    if not out.exists():
+        glmquant.convert(options.source, out, Recipe(bits=4))
+    return out
 
 
 if __name__ == "__main__":
