@@ -13,18 +13,20 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any, Literal, get_args
 
-from . import _native, families, formats
-from .checkpoint.source import ITEM_SIZES, TensorSource
-from .errors import SourceError, UsageError
-from .families import Dims, Role
+from . import _native
+from .checkpoint.source import ITEM_SIZES
+from .errors import UsageError
+from .families import Role
 from .memory_activations import Product, Shape, Taken, decode_bytes, prefill_bytes
-from .plan import Plan
-from .scheme import Scheme
+from .memory_cache import cache_bytes, capacities
+from .memory_model import Held, Model, Place, bitsandbytes_bytes, held_bytes, interleaved
+
+__all__ = [
+    "RUNTIMES", "Held", "Memory", "Model", "Workload", "check_context", "estimate", "held_bytes", "longest_context",
+]  # fmt: skip
 
 Cache = Literal["dynamic", "static"]
 Runtime = Literal["glmquant", "transformers", "vllm", "llama.cpp"]
@@ -45,84 +47,12 @@ _CUDA_PROCESS = 512 * _MIB
 _CUDA_SLACK = 0.10
 # Row blocks of a weight that is being loaded: codes, their temporaries and a block in 16 bit; see models/loading.py.
 _LOAD_BLOCKS = 8 * _MIB
+_ORDERED = 1 << 24  # weights that are put in order at a time, in glmquant/ops/interleaved.py
+_TRITON_ROWS = 16  # of activations, up to which a GPU unpacks nothing: glmquant/ops/triton.py
+_STEPPED = ("chatglm2", "glm")  # families that `glmquant.models.step` is for
 _TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _VLLM_BLOCK, _VLLM_TOKENS, _VLLM_SEQUENCES = 16, 8192, 256  # vLLM's defaults: cache block, chunk, sequences
 _LLAMA_TOKENS = 512  # llama.cpp's n_ubatch
-
-
-@dataclass(frozen=True)
-class Held:
-    """A tensor of a model in memory: `scheme` is None for one that is not quantized."""
-
-    role: Role
-    shape: tuple[int, ...]
-    scheme: Scheme | None
-
-
-@dataclass(frozen=True)
-class Model:
-    """What of a checkpoint decides its memory.
-
-    Attributes:
-        family: key of its family.
-        dims: sizes of the model.
-        dtype: what it computes in, as safetensors spells it.
-        held: its tensors, buffers and tied heads left out.
-        file_bytes: its weight files.
-    """
-
-    family: str
-    dims: Dims
-    dtype: str
-    held: tuple[Held, ...]
-    file_bytes: int
-
-    @classmethod
-    def of_plan(cls, plan: Plan, dtype: str) -> Model:
-        """The model that a plan would write; `dtype` is `families.stated_dtype` of its source."""
-        items = ((item.role, item.shape, item.scheme) for item in plan.items)
-        return cls(plan.family, plan.dims, dtype, _held(items, plan.dims), plan.nbytes)
-
-    @classmethod
-    def of_checkpoint(cls, source: TensorSource) -> Model:
-        """The model in a folder, from its headers.
-
-        Raises:
-            SourceError: it is no whole model of a known family.
-        """
-        family = families.detect(source.config)
-        dims = family.dims(source.config)
-        stored_as = formats.detect(source.config)
-        quantized = {w.name: w.scheme for w in stored_as.quantized(source.config, family, dims)}
-        stored, items, missing = source.infos(), [], []
-        for tensor in family.in_layout(dims, family.layout_of(source.config)):
-            scheme = quantized.get(tensor.name)
-            if scheme is not None:
-                shape = (tensor.shape[0], tensor.shape[1])
-                parts = [t.name for t in stored_as.outputs(tensor.name, shape, scheme)]
-            else:
-                parts = [tensor.name]
-            lacking = [name for name in parts if name not in stored]
-            if not lacking:
-                items.append((tensor.role, tensor.shape, scheme))
-            elif not tensor.optional:
-                missing += lacking
-        if missing:
-            raise SourceError(
-                f"{source.folder} is not a whole {family.name} model: it lacks {missing[0]}; download it again."
-            )
-        size = sum(path.stat().st_size for path in source.files)
-        return cls(family.name, dims, families.stated_dtype(source.config), _held(items, dims), size)
-
-    @cached_property
-    def weights(self) -> int:
-        """How many weights there are, quantized ones counted once."""
-        return sum(math.prod(held.shape) for held in self.held)
-
-
-def _held(items: Iterable[tuple[Role, tuple[int, ...], Scheme | None]], dims: Dims) -> tuple[Held, ...]:
-    unused = {Role.BUFFER, Role.HEAD} if dims.tied_head else {Role.BUFFER}
-    return tuple(Held(*item) for item in items if item[0] not in unused)
 
 
 @dataclass(frozen=True)
@@ -132,7 +62,8 @@ class Workload:
     Args:
         context: tokens of prompt and answer together, of each sequence.
         batch: sequences at a time, all of the same length: padding would add a mask.
-        cache: ``dynamic`` grows by concatenation (transformers' default), ``static`` has its full size at once.
+        cache: ``dynamic`` is what `generate` makes: it grows by concatenation, or by our loop on a GPU to twice its
+            size (`glmquant.memory_cache`). ``static`` has its full size at once.
         chunk: tokens of the prompt that are computed at once; None is all of them.
         prompt: tokens of the context that the prompt has; None is all of them, which takes the most.
 
@@ -165,7 +96,7 @@ class Memory:
         weights: packed codes of quantized weights.
         scales: their scales and zero points.
         rest: what is not quantized: embeddings, head, norms, biases.
-        cache: keys and values of all tokens.
+        cache: keys and values of all tokens, and on a GPU the room that is left.
         activations: what a forward pass holds at its widest point, the growing of a dynamic cache included.
         workspace: unpacked weights of the linear layer at that point.
         scratch: what a compiled CPU kernel takes beside; torch's allocator does not see it.
@@ -215,20 +146,11 @@ class Memory:
         return {**asdict(self), **totals}
 
 
-def cache_bytes(dims: Dims, workload: Workload, dtype: str) -> int:
-    """Keys and values: 2 * layers * KV heads * head size * context * batch * bytes.
-
-    In ChatGLM-6B every head has keys and values of its own.
-    """
-    per_token = 2 * dims.layers * dims.kv_heads * dims.head_dim * ITEM_SIZES[dtype]
-    return per_token * workload.context * workload.batch
-
-
 def estimate(
     model: Model,
     workload: Workload,
     runtime: str = "glmquant",
-    device: Literal["cuda", "cpu"] = "cuda",
+    device: Place = "cuda",
     tp: int = 1,
 ) -> Memory:
     """The memory of `model` under `workload`.
@@ -253,19 +175,22 @@ def estimate(
         return _llama(model, workload)
     note = ""
     if runtime == "transformers" and any(held.scheme for held in model.held):
-        model = replace(model, held=tuple(replace(held, scheme=None) for held in model.held))
-        note = "plain transformers unpacks quantized weights to 16 bit before it runs, so they save no memory there"
-    weights, scales, rest = _resident(model)
-    cache = cache_bytes(model.dims, workload, model.dtype)
-    activations, workspace, scratch = _activations(model, workload, device)
+        if _by_bitsandbytes(model):
+            note = "bitsandbytes keeps weights packed, and unpacks those of one layer at a time"
+        else:
+            model = model.unpacked()
+            note = "plain transformers unpacks quantized weights to 16 bit before it runs, so they save no memory there"
+    weights, scales, rest = _resident(model, runtime, device)
+    cache, regrown, later = _cache(model, workload, runtime, device)
+    activations, workspace, scratch = _activations(model, workload, runtime, device, regrown, later)
     base, slack = (_cpu_process(), _CPU_SLACK) if device == "cpu" else (_CUDA_PROCESS, _CUDA_SLACK)
-    # On a CPU the pages of the layer that is being copied are resident too.
-    pages = _largest_stage(model) if device == "cpu" else 0
+    # On a CPU the pages of the layer that is being copied are resident too; on a GPU, a weight is put in order.
+    beside = _largest_stage(model) if device == "cpu" else _ordering(model)
     return Memory(
         weights, scales, rest, cache, activations, workspace,
         process_base=base,
         slack=int(slack * (cache + activations + workspace)),
-        load_peak=base + weights + scales + rest + pages + _LOAD_BLOCKS,
+        load_peak=base + weights + scales + rest + beside + _LOAD_BLOCKS,
         scratch=scratch,
         note=note,
     )  # fmt: skip
@@ -276,7 +201,7 @@ def longest_context(
     workload: Workload,
     budget: int,
     runtime: str = "glmquant",
-    device: Literal["cuda", "cpu"] = "cuda",
+    device: Place = "cuda",
     tp: int = 1,
 ) -> int:
     """The longest context, up to the model's own, whose peak is at most `budget` bytes; 0 if there is none.
@@ -307,73 +232,109 @@ def check_context(model: Model, context: int) -> None:
         )
 
 
-def held_bytes(held: Held, dtype: str) -> tuple[int, int, int]:
-    """Packed codes, scales with zero points, and unquantized bytes of a tensor in a model that computes in `dtype`.
-
-    Packed as `glmquant.models.quantized` holds it: words of 32 bits, scales as stored, zero points of one byte.
-    """
-    if held.scheme is None:
-        return 0, 0, math.prod(held.shape) * ITEM_SIZES[dtype]
-    rows, columns = held.shape
-    words = rows * -(-columns * held.scheme.bits // 32)
-    scale = 4 if held.scheme.scale_dtype == "float32" else 2
-    offset = 0 if held.scheme.symmetric else scale if held.scheme.minimum else 1
-    return 4 * words, rows * held.scheme.groups(columns) * (scale + offset), 0
-
-
 def _cpu_process() -> int:
     return _CPU_PROCESS + (_TRITON if importlib.util.find_spec("triton") else 0)
 
 
-def _resident(model: Model) -> tuple[int, int, int]:
-    each = [held_bytes(held, model.dtype) for held in model.held]
+def _by_bitsandbytes(model: Model) -> bool:
+    return any(held.scheme and held.scheme.book != "int" for held in model.held)
+
+
+def _resident(model: Model, runtime: str = "glmquant", device: Place = "cpu") -> tuple[int, int, int]:
+    if runtime == "transformers":
+        each = [bitsandbytes_bytes(held, model.dtype) for held in model.held]
+    else:
+        each = [held_bytes(held, model.dtype, device) for held in model.held]
     weights, scales, rest = zip(*each, strict=True)
     return sum(weights), sum(scales), sum(rest)
 
 
-def _activations(model: Model, workload: Workload, device: Literal["cuda", "cpu"]) -> Taken:
+def _cache(model: Model, workload: Workload, runtime: str, device: Place) -> tuple[int, int, int]:
+    """Bytes of the cache at the end; beside it when it last grew; and of it what is not there yet with the prompt."""
+
+    def size(columns: int) -> int:
+        return cache_bytes(model.dims, workload.batch * columns, model.dtype)
+
+    prompt, context = workload.prompt or workload.context, workload.context
+    if workload.cache == "static":
+        return size(context), 0, 0
+    if not _stepped(model, runtime, device):
+        return size(context), 0, size(context - prompt)
+    columns = capacities(prompt, context)
+    # Keys are copied to a larger place and let go of, then values.
+    regrown = size(columns[-2]) // 2 if len(columns) > 1 else 0
+    return size(columns[-1]), regrown, size(columns[-1] - columns[0])
+
+
+def _activations(
+    model: Model, workload: Workload, runtime: str, device: Place, regrown: int, later: int
+) -> Taken:
     prompt = workload.prompt or workload.context
+    chunk = min(workload.chunk or prompt, prompt)
+    linear = _product(model, Role.LINEAR, runtime, device, workload.batch * chunk)
+    first = model.family == "chatglm"
     shape = Shape(
         model.dims,
-        first=model.family == "chatglm",
+        first=first,
         item=ITEM_SIZES[model.dtype],
         half=model.dtype == "F16",
         batch=workload.batch,
         context=workload.context,
         device=device,
-        linear=_product(model, Role.LINEAR, device, workload.batch * min(workload.chunk or prompt, prompt)),
-        head=_product(model, Role.HEAD, device, workload.batch),
+        linear=linear,
+        head=_product(model, Role.HEAD, runtime, device, workload.batch),
         short=os.environ.get("GLMQUANT_EXACT") != "1",
-        grows=workload.cache == "dynamic",
+        joint=(runtime, device) == ("glmquant", "cpu") and not first and linear != "level tiles",
+        grows=workload.cache == "dynamic" and not _stepped(model, runtime, device),
     )
-    prefill = prefill_bytes(replace(shape, context=prompt), min(workload.chunk or prompt, prompt))
-    # What the cache grows by later is not there yet.
-    later = cache_bytes(model.dims, workload, model.dtype) * (workload.context - prompt) // workload.context
+    prefill = prefill_bytes(replace(shape, context=prompt), chunk)
     prefill = prefill._replace(activations=prefill.activations - later)
-    return Taken.widest((prefill, decode_bytes(shape)))
+    return Taken.widest((prefill, decode_bytes(shape), Taken(regrown, 0, 0)))
 
 
-def _product(model: Model, role: Role, device: Literal["cuda", "cpu"], tokens: int) -> Product:
+def _stepped(model: Model, runtime: str, device: Place) -> bool:
+    """Whether `generate` goes by `glmquant.models.step`, whose cache has room for what is to come."""
+    return device == "cuda" and runtime == "glmquant" and model.family in _STEPPED
+
+
+def _product(model: Model, role: Role, runtime: str, device: Place, tokens: int) -> Product:
     """What `glmquant.ops.choice` will choose; of layers that differ, the one that takes most."""
     if role is Role.HEAD and model.dims.tied_head:
         role = Role.EMBEDDING
-    packed = [(held.scheme, held.shape[1]) for held in model.held if held.role is role and held.scheme]
-    if not packed:
+    held = [held for held in model.held if held.role is role and held.scheme]
+    schemes = [(each.scheme, each.shape[1]) for each in held if each.scheme]
+    if not held:
         return "dense"
+    if runtime == "transformers":
+        return "whole" if schemes[0][0].book == "nf4" else "whole int8"
+    if any(scheme.levels is not None for scheme, _ in schemes):
+        return "level tiles"
     if device == "cuda":
-        return "tiles"
+        if not all(interleaved(each, device) for each in held):
+            return "coded tiles"
+        return "dense" if tokens <= _TRITON_ROWS and model.dtype != "F32" else "tiles"
     if not _native.expected():  # torch unpacks in the scales' dtype if that is the activations'
-        others = any(scheme.scale_dtype != _TORCH_NAMES[model.dtype] for scheme, _ in packed)
+        others = any(scheme.scale_dtype != _TORCH_NAMES[model.dtype] for scheme, _ in schemes)
         return "wide tiles" if others and model.dtype != "F32" else "tiles"
     amx = model.dtype == "BF16" and tokens > _native.AMX_ROWS and _native.has_amx()
-    widths = [(columns // scheme.groups(columns), scheme.groups(columns)) for scheme, columns in packed]
+    widths = [(columns // scheme.groups(columns), scheme.groups(columns)) for scheme, columns in schemes]
     in_blocks = all(width % 32 == 0 or groups == 1 for width, groups in widths)
     return "kernel" if in_blocks and not amx else "tiles"
 
 
+def _ordering(model: Model) -> int:
+    """What it takes to put the largest weight in the order of a GPU's kernels: `glmquant.ops.interleave`."""
+    found = [held for held in model.held if interleaved(held, "cuda")]
+    largest = max((math.prod(held.shape) for held in found), default=0)
+    packed = max((sum(held_bytes(held, model.dtype, "cuda")) for held in found), default=0)
+    return packed + 3 * min(largest, _ORDERED)
+
+
 def _largest_stage(model: Model) -> int:
     """Bytes of the file that are mapped at a time while loading: those of an embedding, or of a layer."""
-    ends = [sum(held_bytes(h, model.dtype)) for h in model.held if h.role in (Role.EMBEDDING, Role.HEAD)]
+    ends = [
+        sum(held_bytes(h, model.dtype, "cpu")) for h in model.held if h.role in (Role.EMBEDDING, Role.HEAD)
+    ]
     layers = sum(_resident(model)) - sum(ends)
     return max(*ends, layers // model.dims.layers)
 
@@ -386,7 +347,7 @@ def _vllm(model: Model, workload: Workload, tp: int) -> Memory:
     dims = model.dims
     weights, scales, rest = (n // tp for n in _resident(model))
     tokens = -(-workload.context // _VLLM_BLOCK) * _VLLM_BLOCK
-    cache = cache_bytes(dims, replace(workload, context=tokens), model.dtype) // min(tp, dims.kv_heads)
+    cache = cache_bytes(dims, workload.batch * tokens, model.dtype) // min(tp, dims.kv_heads)
     item = ITEM_SIZES[model.dtype]
     chunk = min(_VLLM_TOKENS, workload.context * workload.batch)
     logits = _VLLM_SEQUENCES * dims.vocab * (item + 4) // tp
@@ -404,7 +365,7 @@ def _llama(model: Model, workload: Workload) -> Memory:
     dims = model.dims
     weights, scales, rest = _resident(model)
     tokens = min(_LLAMA_TOKENS, workload.context)
-    cache = cache_bytes(dims, replace(workload, context=-(-workload.context // 256) * 256), "F16")
+    cache = cache_bytes(dims, workload.batch * -(-workload.context // 256) * 256, "F16")
     activations = 4 * tokens * max(dims.vocab, 4 * dims.hidden + 3 * dims.ffn)
     base = 300 * _MIB
     return Memory(

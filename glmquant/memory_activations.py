@@ -16,8 +16,11 @@ from typing import Literal, NamedTuple
 
 from .families import Dims
 
-Product = Literal["dense", "kernel", "tiles", "wide tiles"]
-"""How a layer is multiplied by: it is not quantized; a compiled CPU kernel; unpacked tile by tile; in float32 first."""
+Product = Literal[
+    "dense", "kernel", "tiles", "wide tiles", "coded tiles", "level tiles", "whole", "whole int8"
+]
+"""How a layer is multiplied by: nothing is unpacked; a compiled CPU kernel; unpacked tile by tile, in float32 first,
+codes first, by a table of levels; and bitsandbytes: unpacked whole, or in int8."""
 
 # Weights in an unpacked tile: see glmquant/ops/reference.py.
 _TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -59,14 +62,15 @@ class Shape:
         dims: sizes of the model.
         first: it is ChatGLM-6B.
         item: bytes of an activation.
-        half: activations are float16, which a CPU widens before it attends, and multiplies where no kernel does.
+        half: activations are float16, which a CPU widens where no kernel multiplies.
         batch: sequences.
         context: tokens of each.
         device: ``cpu`` or ``cuda``.
         linear: how linear layers are multiplied by.
         head: the same of the head.
         short: kernels round the activations of long prompts to 8 bits.
-        grows: the cache grows by concatenation.
+        joint: attention is that of `glmquant.models.fused` on a CPU, which widens half and lets go of queries.
+        grows: the cache grows by concatenation; else there is room for all of it.
     """
 
     dims: Dims
@@ -79,6 +83,7 @@ class Shape:
     linear: Product
     head: Product
     short: bool
+    joint: bool
     grows: bool
 
 
@@ -108,34 +113,36 @@ def prefill_bytes(shape: Shape, chunk: int) -> Taken:
             phase(3 * h + 3 * h + 2 * h + h, more=mask * shape.item),  # the mask as numbers
         ]
     else:
+        # Embeddings, input, normed; keys and values, which where the cache grows count as cache before they are.
+        layer = 3 * h + (0 if shape.grows else 2 * kv)
+        query = 0 if shape.joint else q
         points = [
             phase(4 * h + 2 * f, 2 * f, h),
             phase(4 * h + 2 * f + 2 * f),  # gate and up, silu(gate), their product
             phase(4 * h + 2 * f + f + h, h, f),  # gate still holds both halves
-            # Keys and values of this layer count as cache before they are in it. Embeddings, input, normed; q, k and v.
-            phase(3 * h + q, q + 2 * kv, h),
+            phase(layer + q, q + 2 * kv, h),
             # Halves of the heads, rotated, of both; then they become whole heads of queries.
-            phase(3 * h + q + (q + kv) // 2 + q),
-            phase(3 * h + q + h, h, q),
-            *_attending(shape, phase, chunk, mask),
+            phase(layer + q + (q + kv) // 2 + q),
+            phase(layer + query + q + h, h, q),
+            *_attending(shape, phase, layer, chunk, mask),
         ]
     points.append(_head(shape, 2 * h * tokens * shape.item + kept))
     return Taken.widest(points)
 
 
-def _attending(shape: Shape, phase: Callable[..., Taken], chunk: int, mask: int) -> list[Taken]:
-    """Attention of ChatGLM2 and later: embeddings, input, normed; query, mixed values, and these once more in order."""
+def _attending(shape: Shape, phase: Callable[..., Taken], layer: int, chunk: int, mask: int) -> list[Taken]:
+    """Attention of ChatGLM2 and later: `layer` outside of it; query, mixed values, and these once more in order."""
     d, tokens, keys = shape.dims, shape.batch * chunk, shape.batch * shape.context
-    h, q, kv = d.hidden, d.heads * d.head_dim, d.kv_heads * d.head_dim
-    if shape.device == "cpu" and shape.half:  # all in float32 but the query that comes and the values that go
+    q, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    if shape.joint and shape.half:  # all in float32 but the query that comes and the values that go
         wide, sums = 4 * q * tokens, 4 * d.heads * tokens
         return [
-            phase(3 * h + q, more=wide + 8 * kv * keys + wide + sums + mask * 4),
-            phase(3 * h + q + q, more=wide),
+            phase(layer + q, more=wide + 8 * kv * keys + wide + sums + mask * 4),
+            phase(layer + q + q, more=wide),
         ]
     # With a mask, a GPU has keys and values repeated for every query head.
     repeated = 2 * q * keys * shape.item if shape.device == "cuda" and mask and d.kv_heads < d.heads else 0
-    return [phase(3 * h + 3 * q, more=repeated + mask * shape.item)]
+    return [phase(layer + 3 * q, more=repeated + mask * shape.item)]
 
 
 def decode_bytes(shape: Shape) -> Taken:
@@ -144,7 +151,7 @@ def decode_bytes(shape: Shape) -> Taken:
     each = d.kv_heads * d.head_dim * shape.context * shape.batch
     # Keys, then values, of a layer are copied to a place that is one token larger.
     points = [_head(shape, 0), Taken(each * shape.item if shape.grows else 0, 0, 0)]
-    if shape.half and shape.device == "cpu" and not shape.first:
+    if shape.half and shape.joint:
         points.append(Taken(2 * each * 4, 0, 0))  # both, in float32
     return Taken.widest(points)
 
@@ -164,14 +171,19 @@ def _product_bytes(shape: Shape, how: Product, tokens: int, rows: int, columns: 
         planes = 3 if shape.item == 4 else 1 if shape.short and tokens > _FEW_ROWS else 2
         # Bytes; for every 32 of them a scale, their sum, and for each plane the sum of its bytes.
         return 0, tokens * (planes * (columns + 64) + columns // 32 * 4 * (2 + planes))
+    if how == "whole":
+        return rows * columns * shape.item, 0
+    if how == "whole int8":
+        return tokens * (columns + 4 * rows), 0  # activations as bytes, and sums as int32
     high = min(rows, max(1, _TILE[shape.device] // columns))
     tile = high * columns
-    previous = tile * shape.item if high < rows else 0  # until the next one is there
-    if shape.device == "cuda":
-        unpacking = tile * (1 + shape.item)  # codes of one byte beside the result
-        return max(previous + unpacking, tile * shape.item + tokens * high * shape.item), 0
-    unpacking = tile * (4 + shape.item) if how == "wide tiles" else tile * shape.item
+    unpacking = tile * (shape.item + (4 if how == "wide tiles" else 1 if how == "coded tiles" else 0))
+    if how == "level tiles":  # indices of two bytes with the table's float32; then float32 and the result
+        unpacking = tile * 6
+    if high < rows:
+        unpacking += tile * shape.item  # the tile before, until this one is there
+    if shape.device == "cuda":  # the product is where it belongs at once
+        return unpacking, 0
     if shape.half and tokens > 1:
-        widened = 4 * tokens * columns
-        return widened + max(previous + unpacking, tile * (2 + 4) + tokens * high * 4), 0
-    return max(previous + unpacking, (tile + tokens * high) * shape.item), 0
+        return 4 * tokens * columns + max(unpacking, tile * (2 + 4) + tokens * high * 4), 0
+    return max(unpacking, (tile + tokens * high) * shape.item), 0

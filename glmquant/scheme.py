@@ -74,6 +74,16 @@ class Scheme:
         """Largest signed code: 7 or 127."""
         return (1 << (self.bits - 1)) - 1
 
+    @property
+    def levels(self) -> tuple[float, ...] | None:
+        """What is multiplied by a scale for the codes from `qmin` on; None where that is the code less its zero point.
+
+        There are no kernels for such levels: `glmquant.ops.dequantize_levels` unpacks them.
+        """
+        if self.book == "nf4":
+            return NF4
+        return tuple(map(float, range(1 << self.bits))) if self.minimum else None
+
     def groups(self, columns: int) -> int:
         """Number of scales in a row of `columns` weights (which the group must divide)."""
         return 1 if self.group_size is None else columns // self.group_size

@@ -162,8 +162,8 @@ def test_stopping_criteria_are_asked(model: Any, steps: list[int]) -> None:
 
 
 def test_a_cache_that_grows(model: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "_UNIT", 4)
-    monkeypatch.setattr(decoding, "_ROOM", 2)
+    monkeypatch.setattr("glmquant.memory_cache._UNIT", 4)
+    monkeypatch.setattr(decoding, "ROOM", 2)
     both_ways(model, steps, **prompts(model, 2), **GREEDY, max_new_tokens=40)
     assert decoding._steps[model][0].capacity == 48
     both_ways(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ import glmquant
 from glmquant import Recipe, SourceError, UsageError, convert, families
 from glmquant._recipes import possible_recipes
 from glmquant.checkpoint.source import open_folder
-from glmquant.memory import Model, Workload, cache_bytes, estimate, longest_context
+from glmquant.memory import Model, Workload, estimate, longest_context
+from glmquant.memory_cache import cache_bytes, capacities
+from glmquant.models import decoding
+from glmquant.models.arranging import arrange
+from glmquant.models.step import DecodeStep
 from glmquant.plan import make_plan
 
 GIB = 2**30
@@ -31,13 +36,19 @@ def first_generation(folder: Path) -> Path:
     return write_model(folder, {**CHATGLM, "bos_token_id": 90, "eos_token_id": 91}, tensors)
 
 
+def resident(model: Any) -> int:
+    return sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+
+
 @pytest.fixture(scope="module", params=["first", "later"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / "model"
     return first_generation(folder) if request.param == "first" else small_source(folder)
 
 
-def test_predicted_bytes_are_those_of_files_and_parameters(source: Path, tmp_path: Path) -> None:
+def test_predicted_bytes_are_those_of_files_and_parameters(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipes = list(possible_recipes(open_folder(source)))
     assert len(recipes) in (3, 30)  # THUDM's two and 16 bit; and all other formats
     recipes += [replace(r, quantize_embeddings=True, quantize_head=r.format != "cpm") for r in recipes[:1]]
@@ -50,8 +61,11 @@ def test_predicted_bytes_are_those_of_files_and_parameters(source: Path, tmp_pat
         assert planned == replace(found, family=planned.family), recipe  # native folders are glm
         assert found.file_bytes == sum(path.stat().st_size for path in open_folder(out).files)
         model = glmquant.load(out, device="cpu")
-        held = {p.data_ptr(): p.nbytes for p in model.parameters()}
-        assert estimate(found, Workload(16)).resident == sum(held.values()), recipe
+        assert estimate(found, Workload(16), device="cpu").resident == resident(model), recipe
+        with monkeypatch.context() as patched:  # the weights in the order of a GPU's kernels
+            patched.setattr("glmquant.ops.triton.why_not", lambda device: None)
+            arrange(model)
+        assert estimate(found, Workload(16), device="cuda").resident == resident(model), recipe
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -65,7 +79,30 @@ def test_predicted_cache_is_the_real_one(tmp_path: Path, kind: str, batch: int) 
         model(torch.full((batch, 40), 5), past_key_values=cache)
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     dims = Model.of_checkpoint(open_folder(tmp_path / "model")).dims
-    assert cache_bytes(dims, Workload(40, batch), "F16") == found
+    assert cache_bytes(dims, 40 * batch, "F16") == found
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(40, 8), (200, 57), (20, 236), (3, 1000)])
+def test_predicted_cache_is_that_of_the_loop_on_a_gpu(
+    prompt: int, new: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded up, doubled when full, and never more than the request asks for."""
+    folder = small_source(tmp_path / "model")
+    model = glmquant.load(folder, device="cpu", dtype="float32")
+    monkeypatch.setattr(decoding, "DEVICES", {"cpu"})
+    sizes = []
+    usual = DecodeStep._grow
+    monkeypatch.setattr(
+        DecodeStep, "_grow", lambda self, size: (sizes.append(self.capacity), usual(self, size))
+    )
+    options = {"max_length": None, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    model.generate(torch.full((2, prompt), 5), max_new_tokens=new, **options)
+    held = replace(Model.of_checkpoint(open_folder(folder)), dtype="F32")
+    load = Workload(prompt + new, 2, prompt=prompt)
+    assert estimate(held, load, device="cuda").cache == decoding.cache_bytes(model)
+    assert [*sizes, decoding._steps.pop(model)[0].capacity] == capacities(prompt, prompt + new)
+    at_once = estimate(held, Workload(prompt + new, 2, "static", prompt=prompt), device="cuda")
+    assert (estimate(held, load, device="cuda").activations > at_once.activations) == bool(sizes)
 
 
 @pytest.mark.parametrize("name", HEADERS)
@@ -74,12 +111,34 @@ def test_full_size_memory(name: str) -> None:
     load = Workload(2048)
     dims = four.dims
     heads = 32 if name.startswith("chatglm-6b") else 2
+    columns = (
+        2000 if four.family in ("chatglm", "glm4") else 2048
+    )  # `generate` as transformers has it, or our loop
+    assert estimate(four, Workload(2000)).cache == 2 * dims.layers * heads * 128 * columns * 2
     assert estimate(four, load).cache == 2 * dims.layers * heads * 128 * 2048 * 2
     assert estimate(sixteen, load).scales == estimate(sixteen, load).weights == 0
     assert 2.2 < estimate(sixteen, load).resident / estimate(four, load).resident < 3.6
     unpacked = estimate(four, load, "transformers")
     assert unpacked.resident == estimate(sixteen, load).resident
     assert "16 bit" in unpacked.note
+
+
+def test_bitsandbytes_stays_packed_in_transformers() -> None:
+    sixteen = estimate(full_size("chatglm3-6b", Recipe(bits=16)), Workload(2048), "transformers")
+    nf4, double, int8 = (
+        estimate(
+            full_size("chatglm3-6b", Recipe(format="bitsandbytes", **how)), Workload(2048), "transformers"
+        )  # type: ignore[arg-type]
+        for how in ({}, {"double_quant": True}, {"bits": 8})
+    )
+    linear = 28 * (4608 * 4096 + 4096 * 4096 + 27392 * 4096 + 4096 * 13696)
+    assert (nf4.weights, nf4.scales) == (linear // 2, 4 * linear // 64)
+    assert double.weights == nf4.weights
+    assert linear // 64 < double.scales < 1.05 * linear // 64
+    assert int8.weights == linear
+    assert nf4.rest == sixteen.resident - 2 * linear
+    assert nf4.workspace == 2 * 27392 * 4096  # one layer, whole
+    assert "bitsandbytes keeps weights packed" in nf4.note
 
 
 def test_thudms_own_figures_are_near() -> None:

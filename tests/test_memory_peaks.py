@@ -20,6 +20,7 @@ from glmquant import Recipe, convert
 from glmquant._check import check
 from glmquant.checkpoint.source import open_folder
 from glmquant.memory import Model, Workload, estimate
+from glmquant.models.step import DecodeStep
 
 LATER = {
     **CHATGLM2, "hidden_size": 512, "ffn_hidden_size": 1792, "kv_channels": 128, "num_attention_heads": 4,
@@ -31,6 +32,15 @@ FIRST = {
     "bos_token_id": 244, "eos_token_id": 245, "gmask_token_id": 241, "mask_token_id": 240, "pad_token_id": 3,
 }  # fmt: skip
 CONFIGS = {"later": LATER, "wide-heads": WIDE_HEADS, "first": FIRST}
+CASES: dict[str, tuple[str, Recipe | None]] = {
+    f"{kind}-{name}": (kind, recipe)
+    for kind in CONFIGS
+    for name, recipe in {"16-bit": None, "int4": Recipe(method="rtn", group_size=32)}.items()
+} | {
+    "later-nf4": ("later", Recipe(format="bitsandbytes")),
+    "wide-heads-nf4": ("wide-heads", Recipe(format="bitsandbytes")),
+    "later-q4_1": ("later", Recipe(format="gguf", symmetric=False, method="rtn")),
+}
 
 
 def folder_of(tmp_path: Path, kind: str, recipe: Recipe | None) -> Path:
@@ -89,8 +99,7 @@ def scratch(model: Any, tokens: int, tmp_path: Path) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
-@pytest.mark.parametrize("recipe", [None, Recipe(method="rtn", group_size=32)], ids=["16-bit", "int4"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "recipe"), CASES.values(), ids=CASES.keys())
 def test_activations_are_what_the_allocator_gave_out(
     kind: str, recipe: Recipe | None, dtype: str, tmp_path: Path
 ) -> None:
@@ -107,6 +116,17 @@ def test_activations_are_what_the_allocator_gave_out(
     found = allocated_peak(model, ids, tmp_path)
     least = found - scratch(model, ids.numel(), tmp_path)
     assert 0.995 * least <= predicted.allocated - predicted.resident <= 1.005 * found
+
+
+def test_a_cache_on_a_gpu_that_grows_takes_what_is_predicted(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "later", None)
+    step = DecodeStep(glmquant.load(folder, device="cpu"), 2, 600)
+    before = step.cache_bytes
+    found = before + max(accumulate(allocations(lambda: step._grow(1280), tmp_path)))
+    model = Model.of_checkpoint(open_folder(folder))
+    predicted = estimate(model, Workload(1100, 2, prompt=88), device="cuda")  # room for 768, then for 1280
+    assert found == predicted.cache + before // 2
+    assert predicted.activations >= before // 2
 
 
 @pytest.mark.slow

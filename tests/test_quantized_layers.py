@@ -15,6 +15,7 @@ from helpers_models import expected, golden, greedy, largest_difference
 import glmquant
 from glmquant import QuantizationError, QuantizedTensor, Recipe, Scheme, UsageError, quantizers
 from glmquant.models.quantized import QuantizedEmbedding, QuantizedLinear
+from glmquant.ops import reference
 
 IDS = (torch.arange(24)[None] * 7 + 3) % 320
 
@@ -37,6 +38,29 @@ def test_a_linear_layer_keeps_its_quantized_tensor(scheme: Scheme) -> None:
     x = torch.randn(2, 3, 64)
     torch.testing.assert_close(layer(x), x @ tensor.dequantize().t() + 1)
     assert repr(layer) == f"QuantizedLinear(24 x 64, {scheme})"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "q4_1"])
+def test_levels_are_unpacked_by_tiles_to_the_same_bits(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = torch.randn(100, 192, generator=torch.Generator().manual_seed(3))
+    if kind == "nf4":
+        tensor = quantizers.get("bitsandbytes")(wide, Scheme(4, 64, scale_dtype="float32", book="nf4"))
+    else:
+        tensor = quantizers.get("rtn")(wide, Scheme(4, 32, symmetric=False, minimum=True))
+    layer = QuantizedLinear.from_quantized(tensor)
+    expected = tensor.dequantize().to(dtype)
+    monkeypatch.setitem(reference._TILE, "cpu", 7 * 192)  # the last tile has two rows
+    assert torch.equal(layer(torch.eye(192, dtype=dtype)), expected.t())
+    x = torch.randn(2, 5, 192).to(dtype)
+    close = {"rtol": 2e-2, "atol": 2e-1} if dtype != torch.float32 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(layer(x), x @ expected.t(), **close)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[0, 0], expected.float().sum(0).to(dtype), **close)
 
 
 def test_its_memory_is_that_of_the_packed_weight() -> None:

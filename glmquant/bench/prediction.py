@@ -12,14 +12,13 @@ from ..memory import Model, estimate
 from ..memory import Workload as Asked
 from .cases import Result, Workload
 
-# Peers that `glmquant.memory` has no arithmetic for are left out.
-_KNOWN = {"glmquant": "glmquant", "16bit": "transformers"}
+_KNOWN = ("glmquant", "16bit")  # other peers have no arithmetic in `glmquant.memory`
 
 
 def predict(result: Result, workload: Workload) -> dict[str, Any] | None:
     """`Memory.to_json` for the largest batch, on the device and in the dtype of `result`; None if there is nothing."""
-    runtime = _KNOWN.get(result.candidate.runtime)
-    if runtime is None or result.error is not None:
+    runtime = result.candidate.runtime
+    if runtime not in _KNOWN or result.error is not None:
         return None
     # The last token is written and not read.
     asked = Asked(workload.prompt + workload.new - 1, max(workload.batches), prompt=workload.prompt)
@@ -28,4 +27,5 @@ def predict(result: Result, workload: Workload) -> dict[str, Any] | None:
     except GlmquantError:  # it ran all the same
         return None
     model = replace(model, dtype=next(key for key, name in TORCH_NAMES.items() if name == result.dtype))
-    return estimate(model, asked, runtime, "cpu" if result.device == "cpu" else "cuda").to_json()
+    model = model.unpacked() if runtime == "16bit" else model
+    return estimate(model, asked, device="cpu" if result.device == "cpu" else "cuda").to_json()

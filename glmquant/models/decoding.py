@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..memory_cache import ROOM
 from ..ops import decoding_native
 from . import step
 from .step import DecodeStep
@@ -23,7 +24,6 @@ DEVICES = {"cuda", "cpu"}
 """Where a `DecodeStep` is known to be of use; on a CPU, where there are compiled kernels."""
 
 _KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-_ROOM = 512  # tokens of an answer that the cache has room for at first, unless it is known to be shorter
 _steps: WeakKeyDictionary[Any, tuple[DecodeStep, tuple[int, ...]]] = WeakKeyDictionary()
 _busy: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
 
@@ -55,7 +55,8 @@ class DecodingMixin:
             cache.layers = run.prompt_layers(input_ids.shape[1])
             outputs = self._prefill(input_ids, generation_config, model_kwargs)  # type: ignore[attr-defined]
             cache.layers = []
-            run.start(input_ids.shape[1], model_kwargs.get("attention_mask"))
+            mask = model_kwargs.get("attention_mask")
+            run.start(input_ids.shape[1], mask, generation_config.max_length)
             logits = outputs.logits[:, -1]
             del outputs
             try:
@@ -116,7 +117,7 @@ def _step_for(model: Any, input_ids: Tensor, max_length: int) -> DecodeStep:
     found = _steps.get(model)
     if found is None or found[0].rows != rows or found[1] != addresses:
         _steps.pop(model, None)  # before there is another cache
-        found = DecodeStep(model, rows, min(max_length, columns + _ROOM)), addresses
+        found = DecodeStep(model, rows, min(max_length, columns + ROOM)), addresses
         _steps[model] = found
     return found[0]
 

@@ -142,7 +142,7 @@ class QuantizedLinear(_QuantizedWeight):
     @property
     def has_kernels(self) -> bool:
         """Whether `ops.linear` knows what the weight is made of."""
-        return not self.scheme.minimum and self.scheme.book != "nf4"
+        return self.scheme.levels is None
 
     @torch.no_grad()
     def arrange(self) -> None:
@@ -161,13 +161,20 @@ class QuantizedLinear(_QuantizedWeight):
             self.weight_zero_point = nn.Parameter(weight.zero_point, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]. What `ops.linear` has no kernel for is unpacked for every product."""
-        if not self.has_kernels:
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(x, self.dequantize().to(x.dtype), bias)
-        return ops.linear(
-            x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.scheme.bits
-        )
+        """[..., in] -> [..., out]. What `ops.linear` has no kernel for is unpacked a tile at a time."""
+        levels = self.scheme.levels
+        if levels is None:
+            return ops.linear(
+                x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.scheme.bits
+            )
+
+        def tile(start: int, stop: int) -> Tensor:
+            packed, scale = self.weight_packed[start:stop], self.weight_scale[start:stop]
+            minimum = None if self.weight_minimum is None else self.weight_minimum[start:stop]
+            return ops.dequantize_levels(packed, scale, minimum, levels, self.in_features, x.dtype)
+
+        y = ops.by_tiles(x.reshape(-1, self.in_features), self.out_features, tile, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 class QuantizedEmbedding(_QuantizedWeight):

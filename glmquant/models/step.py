@@ -18,11 +18,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.glm.modeling_glm import GlmAttention, GlmForCausalLM
 
 from .. import ops
+from ..memory_cache import capacity_for, grown
 from ..ops import decoding
 from .arranging import joined
 from .fused import JointGlmAttention
-
-_UNIT = 256  # columns that a cache is a multiple of
 
 
 class DecodeStep:
@@ -52,7 +51,7 @@ class DecodeStep:
             torch.zeros(rows, dtype=torch.int64, device=self._device) for _ in range(3)
         )
         self._column = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._length = 0
+        self._length, self._longest = 0, columns
         self._joint: list[
             Callable[[Tensor], Tensor] | None
         ] = []  # between `start` and `end`, as they hold weights
@@ -71,14 +70,15 @@ class DecodeStep:
         return [_PromptLayer(*layer) for layer in zip(self._keys, self._values, strict=True)]
 
     @torch.no_grad()
-    def start(self, columns: int, mask: Tensor | None) -> None:
+    def start(self, columns: int, mask: Tensor | None, longest: int) -> None:
         """Go on after a prompt that was computed with `prompt_layers`.
 
         Args:
             columns: of the prompt.
             mask: [rows, columns], 0 where a column is padding, which is on the left; None if none is.
+            longest: tokens of a sequence, prompt and answer, beyond which there is to be no room.
         """
-        self._length = columns
+        self._length, self._longest = columns, longest
         self._column.fill_(columns - 1)
         if mask is None:
             self._first.zero_()
@@ -96,7 +96,7 @@ class DecodeStep:
     def __call__(self, tokens: Tensor) -> Tensor:
         """The next tokens int64 [rows] -> logits [rows, vocabulary], which the next call overwrites."""
         if self._length == self.capacity:
-            self._grow(2 * self.capacity)  # seldom, since it is recorded anew
+            self._grow(grown(self.capacity, self._longest))  # seldom, since it is recorded anew
         self._length += 1
         self._tokens.copy_(tokens)
         if self._device.type != "cuda":
@@ -194,11 +194,6 @@ def why_not(model: Any) -> str | None:
     if any(not isinstance(layer.self_attn, GlmAttention) for layer in model.model.layers):
         return "its attention has been replaced"
     return None
-
-
-def capacity_for(columns: int) -> int:
-    """Columns of a cache in which there is room for so many."""
-    return -(-columns // _UNIT) * _UNIT
 
 
 def _norm(norm: Any, hidden: Tensor, delta: Tensor | None) -> Tensor:

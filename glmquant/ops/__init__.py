@@ -8,9 +8,10 @@ from .choice import Implementation, Request, choose, explain
 from .interleaved import Weight, interleave, restore
 from .linear import dequantize, linear
 from .native import linear_16
+from .reference import by_tiles, dequantize_levels
 from .triton import layout_objection
 
 __all__ = [
-    "Implementation", "Request", "Weight", "choose", "dequantize", "explain", "interleave", "layout_objection",
-    "linear", "linear_16", "restore",
+    "Implementation", "Request", "Weight", "by_tiles", "choose", "dequantize", "dequantize_levels", "explain",
+    "interleave", "layout_objection", "linear", "linear_16", "restore",
 ]  # fmt: skip
