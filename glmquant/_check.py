@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from ._open import PathLike
 from .checkpoint.files import read_json
 from .checkpoint.output import REPORT
 from .checkpoint.source import open_folder
-from .errors import GlmquantError, UsageError
+from .errors import GlmquantError, ModelError, UsageError
 from .memory import Memory, Model, Workload, check_context, estimate, longest_context
 from .recipe import show_size
 
@@ -25,19 +26,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gate:
-    """One limit and what was found: `found` may be at most `limit`, in bytes or (KL divergence) in nats."""
+    """One limit and what was found: `found` may be at most `limit`, in bytes or (KL divergence) in nats.
+
+    Where nothing could be found, `fault` says why; there may be no limit then, but that the model has to run.
+    """
 
     name: str
-    found: float
-    limit: float
+    found: float | None
+    limit: float | None
     unit: Literal["bytes", "nats"] = "bytes"
+    fault: str = ""
 
     @property
     def ok(self) -> bool:
         """Whether it holds."""
-        return self.found <= self.limit
+        return self.found is not None and self.limit is not None and self.found <= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {key: value for key, value in asdict(self).items() if key != "fault" or value} | {
+            "ok": self.ok
+        }
 
     def __str__(self) -> str:
+        if self.found is None or self.limit is None:
+            return self.fault
         verb = "is within" if self.ok else "exceeds"
         if self.unit == "nats":
             return f"{self.found:.4g} nats {verb} {self.limit:.4g}"
@@ -88,7 +101,7 @@ class Check:
             "device": self.device,
             "context": self.workload.context,
             "batch": self.workload.batch,
-            "gates": [{**asdict(gate), "ok": gate.ok} for gate in self.gates],
+            "gates": [gate.to_json() for gate in self.gates],
             "predicted": self.memory.to_json(),
             "longest_context": self.longest,
             "measured": self.measured,
@@ -138,13 +151,13 @@ def check(
         reference: what `out` was made from.
         text: what the two read; None is the sample that `glmquant.evaluate` uses.
         device: where it is to run.
-        measure: load and run it in a process of its own, and gate on what that takes.
+        measure: load and run it in a process of its own, and gate on what that takes: the peak of its resident memory
+            on a CPU, torch's peak and NVML's figure for the process on a GPU. A run that fails is a gate that does.
         progress: of the evaluation.
 
     Raises:
         SourceError: it is no whole checkpoint of a known family.
         UsageError: no limit, a context beyond the model's, or nothing to measure on.
-        ModelError: it, or the reference, computes NaN or infinity.
     """
     if max_kld is None and (reference is not None or text is not None):
         raise UsageError("--reference and --text say what --max-kld X is held against; give it too.")
@@ -166,12 +179,12 @@ def check(
     workload = Workload(context, batch or recorded.get("batch") or 1)
     check_context(model, workload.context)
     memory = estimate(model, workload, "glmquant", device)
-    measured = _run(str(folder), workload, device) if measure else None
-    gates = []
-    if limit is not None:
-        found = memory.peak if measured is None else measured["process"]
-        how = "predicted" if measured is None else "measured"
-        gates.append(Gate(f"{'memory' if device == 'cpu' else 'VRAM'}, {how}", found, limit))
+    measured: dict[str, int] | None = None
+    gates: list[Gate] = []
+    if measure:
+        gates, measured = _measured(str(folder), workload, device, limit)
+    elif limit is not None:
+        gates.append(Gate(f"{_name(device)}, predicted", memory.peak, limit))
     if max_file_size is not None:
         largest = max(path.stat().st_size for path in source.files)
         gates.append(Gate("largest file", largest, max_file_size))
@@ -181,8 +194,12 @@ def check(
 
         window = min(512, model.dims.context)
         where = "cpu" if device == "cpu" else "auto"
-        evaluation = evaluate(folder, reference, text, window=window, device=where, progress=progress)
-        gates.append(Gate("KL divergence", evaluation.kl_mean.value, max_kld, "nats"))
+        try:
+            evaluation = evaluate(folder, reference, text, window=window, device=where, progress=progress)
+        except ModelError as error:
+            gates.append(Gate("KL divergence", None, max_kld, "nats", str(error).rstrip(".")))
+        else:
+            gates.append(Gate("KL divergence", evaluation.kl_mean.value, max_kld, "nats"))
     longest = longest_context(model, workload, limit, "glmquant", device) if limit else model.dims.context
     return Check(tuple(gates), memory, workload, longest, device, measured, evaluation)
 
@@ -201,25 +218,39 @@ def _recorded_fit(report: Any) -> dict[str, int]:
     }
 
 
-def _run(folder: str, workload: Workload, device: str) -> dict[str, int]:
-    """Load and run the checkpoint in a fresh process; see `glmquant._measured_run`."""
+def _name(device: str) -> str:
+    return "memory" if device == "cpu" else "VRAM"
+
+
+def _measured(
+    folder: str, workload: Workload, device: str, limit: int | None
+) -> tuple[list[Gate], dict[str, int] | None]:
+    """The gates of a run, and its figures."""
+    found = _run(folder, workload, device)
+    if "fault" in found:
+        asked = f"{found['fault']} ({workload.batch} x {workload.context} tokens on {device})"
+        return [Gate(f"{_name(device)}, measured", None, limit, fault=asked)], None
+    of = {"nvml": "VRAM, process by NVML", "device": "VRAM, all of the GPU's"}.get(found.pop("of"))
+    if limit is None:
+        return [], found
+    gates = [Gate("VRAM, torch's peak", found["allocated"], limit)] if device != "cpu" else []
+    return [*gates, Gate(of or "memory, measured", found["process"], limit)], found
+
+
+def _run(folder: str, workload: Workload, device: str) -> dict[str, Any]:
+    """Load and run the checkpoint in a fresh process; see `glmquant._measured_run`, and ``fault`` if that failed."""
     command = [sys.executable, "-m", "glmquant._measured_run", folder, device]
     command += [str(workload.context), str(workload.batch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
-        found: dict[str, int] = json.loads(lines[-1])
+        found: dict[str, Any] = json.loads(lines[-1])
         return found
     if done.returncode == GlmquantError.exit_status and lines:
         raise UsageError(lines[-1])
-    reason = (done.stderr.strip().splitlines() or [f"it was ended by signal {-done.returncode}"])[-1]
-    raise NotMeasuredError(
-        f"the model in {folder} could not be run with {workload.batch} x {workload.context} tokens on {device} "
-        f"({reason[:200].rstrip('.')})."
-    )
-
-
-class NotMeasuredError(GlmquantError):
-    """The measured process failed, which most often is a lack of memory."""
-
-    exit_status = 1
+    if done.returncode == -signal.SIGKILL:
+        return {"fault": "it was killed while it ran, most likely because memory ran out"}
+    if done.returncode < 0:
+        return {"fault": f"it was ended by signal {-done.returncode}"}
+    reason = (done.stderr.strip().splitlines() or ["for no stated reason"])[-1]
+    return {"fault": f"it could not be run: {reason[:200].rstrip('.')}"}

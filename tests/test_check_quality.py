@@ -105,9 +105,13 @@ def test_nan_is_a_fault_of_the_model(run: Run, source: Path, text: Path, tmp_pat
     tensors = random_tensors(CONFIG)
     tensors["transformer.output_layer.weight"][-1] = torch.nan
     write_model(folder, CONFIG, tensors)
-    done = run("check", folder, "--max-kld", 1, "--reference", source, "--text", text, "--device", "cpu")
-    assert done.exit_code == 1
-    assert "broken is at fault: the head gives NaN or infinity" in done.stderr
+    junit = tmp_path / "check.xml"
+    options = ["--max-kld", 1, "--reference", source, "--text", text, "--device", "cpu", "--junit", junit]
+    done = run("check", folder, *options)
+    assert done.exit_code == 1, done.output
+    assert re.search(r"^FAILED: KL divergence: .*broken is at fault: the head gives NaN", done.stdout, re.M)
+    assert [len(case) for case in ElementTree.parse(junit).getroot()] == [1]
+    assert json.loads(run("check", folder, *options, "--json").stdout)["gates"][0]["found"] is None
 
 
 def test_the_gate_in_the_documentation_works(source: Path, text: Path, tmp_path: Path) -> None:

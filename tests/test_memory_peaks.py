@@ -120,13 +120,19 @@ def test_activations_are_what_the_allocator_gave_out(
 
 def test_a_cache_on_a_gpu_that_grows_takes_what_is_predicted(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "later", None)
-    step = DecodeStep(glmquant.load(folder, device="cpu"), 2, 600)
-    before = step.cache_bytes
-    found = before + max(accumulate(allocations(lambda: step._grow(1280), tmp_path)))
+    loaded = glmquant.load(folder, device="cpu")
+    sizes = []
+
+    def grow() -> None:
+        step = DecodeStep(loaded, 2, 600)
+        sizes.append(step.cache_bytes)
+        step._grow(1280)
+
+    found = max(accumulate(allocations(grow, tmp_path)))
     model = Model.of_checkpoint(open_folder(folder))
     predicted = estimate(model, Workload(1100, 2, prompt=88), device="cuda")  # room for 768, then for 1280
-    assert found == predicted.cache + before // 2
-    assert predicted.activations >= before // 2
+    assert predicted.cache + sizes[0] // 2 <= found < predicted.cache + sizes[0] // 2 + 100  # of its counters
+    assert predicted.activations >= sizes[0] // 2
 
 
 @pytest.mark.slow

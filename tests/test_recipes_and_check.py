@@ -9,7 +9,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner, Result
 from helpers_convert import glmquant_on_path, run_script, small_source
@@ -120,24 +119,6 @@ def test_check_refuses(run: Run, out: Path, options: list[str], said: str) -> No
     result = run("check", out, *options)
     assert (result.exit_code, result.stdout) == (2, "")
     assert said in result.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_measuring_without_a_gpu_is_an_error(run: Run, out: Path) -> None:
-    result = run("check", out, "--vram", "2GiB", "--context", "64", "--measure")
-    assert result.exit_code == 2
-    assert "--device cpu" in result.stderr
-
-
-def test_measuring_on_a_cpu(run: Run, out: Path) -> None:
-    options = ["check", out, "--context", "64", "--measure", "--device", "cpu", "--json"]
-    result = run(*options, "--vram", "4GiB")
-    assert result.exit_code == 0, result.output
-    shown = json.loads(result.stdout)
-    measured = shown["measured"]
-    assert 2**27 < measured["process_loaded"] <= measured["process"] < 2**32
-    assert shown["gates"][0]["found"] == measured["process"]
-    assert run(*options, "--vram", "10MiB").exit_code == 1
 
 
 @pytest.mark.parametrize("name", ["github.yml", "gitlab.yml", "check.sh"])

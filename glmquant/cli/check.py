@@ -89,6 +89,7 @@ def check(
         ("activations", show_size(m.activations), "the whole prompt at once"),
         ("unpacking", show_size(m.workspace), "tiles of one layer"),
         ("allocated", show_size(m.allocated), "predicted peak"),
+        *([("scratch", show_size(m.scratch), "of a CPU kernel, beside it")] if m.scratch else []),
         ("process", show_size(m.process), f"with {show_size(m.process_base)} of its own and allocator slack"),
         ("loading", show_size(m.load_peak), "predicted peak"),
     ]
