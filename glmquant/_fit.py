@@ -171,7 +171,12 @@ def _options(unit: Unit, dtype: str, fmt: Format) -> list[Option]:
     found = [Option(_SIXTEEN, sum(held_bytes(Held(Role.LINEAR, unit.shape, None), dtype, "cuda")), 0.0)]
     for kind, damage in unit.damage.items():
         # One with zero points cannot be mixed with others: see `formats.compressed_tensors`.
-        if kind.symmetric and kind.bits in fmt.abilities.bits and kind.group in fmt.abilities.groups:
+        if (
+            kind.symmetric
+            and kind.grid == "int"
+            and kind.bits in fmt.abilities.bits
+            and kind.group in fmt.abilities.groups
+        ):
             held = Held(Role.LINEAR, unit.shape, kind.scheme(scale))
             found.append(Option((kind.bits, kind.group), sum(held_bytes(held, dtype, "cuda")), damage))
     return sorted(found, key=lambda option: (option.nbytes, option.damage))

@@ -15,8 +15,8 @@ from .families import Role
 from .formats import Abilities
 from .memory import Memory, Model, Workload, check_context, estimate, longest_context
 from .plan import make_plan
-from .recipe import Recipe
-from .scheme import GROUP_SIZES
+from .recipe import CALIBRATED, Calibration, Recipe
+from .scheme import GROUP_SIZES, Scheme
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class RecipeRow:
         recipe: every choice filled in.
         file_bytes: exactly what `glmquant.convert` would write as weights.
         bits_per_weight: of these files.
-        error: relative output error of the linear layers, where `glmquant.measure` has measured this source.
+        error: relative output error of the linear layers, where `glmquant.measure` has measured this source; None
+            also for W8A8, of which it knows the weights alone.
         memory: at the context that was asked for; None where the runtime cannot read it, `why` says why.
         fits: whether it stays within the budget; None without one.
         longest: longest context within the budget; None without one.
@@ -69,6 +70,8 @@ def recipes(
     device: Literal["cuda", "cpu"] = "cuda",
     tp: int = 1,
     quantize_head: bool = False,
+    method: str | None = None,
+    calibration: Calibration | None = None,
     measure: bool = False,
     measuring: Progress | None = None,
 ) -> list[RecipeRow]:
@@ -82,22 +85,33 @@ def recipes(
         device: see there.
         tp: see there.
         quantize_head: with the output head in 8 bit, where a format has that.
+        method: the quantizer, for the formats that take it; None is the default of each.
+        calibration: for a calibrated method.
         measure: read the weights too, for the errors; without it there are those that were measured before.
         measuring: called with layers measured, layers in all, and the last one's name.
 
     Raises:
         SourceError: see `glmquant.convert`.
-        UsageError: a context beyond the model's, a runtime that does not exist or cannot be split.
+        UsageError: a context beyond the model's, a runtime that does not exist or cannot be split, a method that no
+            format takes, or a calibration without a calibrated one.
     """
+    if calibration is not None and method not in CALIBRATED:
+        raise UsageError(f"--calibration is for --method {' and '.join(CALIBRATED)}; give one of them.")
     opened = open_source(ref)
     source = opened.source
-    possible = list(possible_recipes(source, quantize_head=quantize_head))
+    wanted = Recipe(method=method, calibration=calibration, quantize_head=quantize_head)
+    possible = list(possible_recipes(source, wanted))
+    if method is not None and all(recipe.method != method for recipe in possible):
+        raise UsageError(f"no recipe for this model has --method {method}; leave it out.")
     check_context(Model.of_plan(make_plan(source, possible[0]), "F16"), workload.context)
     measured: dict[str | None, Measurement | None] = {}
-    for method in dict.fromkeys(recipe.method for recipe in possible if recipe.method):
-        measured[method] = (
-            measure_opened(opened, method, measuring) if measure else saved_measurement(opened, method)
-        )
+    for name, text in {recipe.method: recipe.calibration for recipe in possible}.items():
+        if name is not None:
+            measured[name] = (
+                measure_opened(opened, name, measuring, text)
+                if measure
+                else saved_measurement(opened, name, text)
+            )
     opened.stop_fetching()
     rows = [
         _row(source, recipe, workload, budget, runtime, device, tp, measured.get(recipe.method))
@@ -106,11 +120,19 @@ def recipes(
     return sorted(rows, key=lambda row: row.file_bytes)
 
 
-def possible_recipes(source: TensorSource, *, quantize_head: bool = False) -> Iterator[Recipe]:
-    """What the table of formats allows for this source and its widths."""
+def possible_recipes(source: TensorSource, wanted: Recipe | None = None) -> Iterator[Recipe]:
+    """What the table of formats allows for this source and its widths.
+
+    Args:
+        source: a checkpoint.
+        wanted: its method, with its calibration, and quantized head are taken where there is such a thing.
+    """
+    wanted = wanted or Recipe()
     for name, fmt in formats.FORMATS.items():
         for recipe in _combinations(name, fmt.abilities):
-            for head in {quantize_head and recipe.bits != 16, False}:
+            if wanted.method in fmt.abilities.methods and recipe.bits != 16:
+                recipe = replace(recipe, method=wanted.method, calibration=wanted.calibration)
+            for head in {wanted.quantize_head and recipe.bits != 16, False}:
                 try:
                     yield make_plan(source, replace(recipe, quantize_head=head)).recipe
                     break
@@ -143,16 +165,16 @@ def _row(
     memory = estimate(model, workload, runtime, device, tp)
     why = _objection(recipe, plan.family, runtime) or (admits(model, recipe, tp) if tp > 1 else "")
     ends = ", head int8" if recipe.quantize_head else ""
-    scheme = next((str(item.scheme) for item in plan.items if item.role is Role.LINEAR), "16 bit")
+    scheme = next(item.scheme for item in plan.items if item.role is Role.LINEAR)
     longest = None
     if budget is not None and not why:
         longest = longest_context(model, workload, budget, runtime, device, tp)
     return RecipeRow(
-        name=f"{recipe.format} {scheme if recipe.bits != 16 else '16 bit'}{ends}",
+        name=f"{recipe.format} {scheme or '16 bit'}{ends}",
         recipe=recipe,
         file_bytes=plan.nbytes,
         bits_per_weight=round(8 * plan.nbytes / model.weights, 3),
-        error=_error(recipe, measured),
+        error=_error(scheme, measured),
         memory=None if why else memory,
         fits=None if budget is None or why else memory.peak <= budget,
         longest=longest,
@@ -160,12 +182,13 @@ def _row(
     )
 
 
-def _error(recipe: Recipe, measured: Measurement | None) -> float | None:
-    if recipe.bits == 16:
+def _error(scheme: Scheme | None, measured: Measurement | None) -> float | None:
+    if scheme is None:
         return 0.0
-    if measured is None or recipe.group_size is None:
+    # W8A8 rounds activations too, and how much that loses nobody has measured.
+    if measured is None or scheme.activations is not None:
         return None
-    return measured.relative_error(Kind(recipe.bits, recipe.group_size, recipe.symmetric))
+    return measured.relative_error(Kind.of(scheme))
 
 
 def _objection(recipe: Recipe, family: str, runtime: str) -> str:

@@ -15,7 +15,9 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +30,7 @@ from .checkpoint.source import TORCH_NAMES, TensorSource
 from .errors import QuantizationError, SourceError, UsageError
 from .families import LinearUnit, TensorSpec
 from .formats.base import ROW
-from .recipe import CALIBRATED, RANDOM, Calibration, Group
+from .recipe import CALIBRATED, RANDOM, Calibration, Group, Recipe
 from .scheme import Scheme
 
 if TYPE_CHECKING:
@@ -39,22 +41,35 @@ if TYPE_CHECKING:
 _ROWS = 256  # of a weight that are looked at, in evenly spaced blocks
 _BLOCK_ROWS = 8
 _ROW_LENGTH = 1 << 30  # for sorting
-_VERSION = "2"
+_VERSION = "3"
 
 Progress = Callable[[int, int, str], None]
 
 
 class Kind(NamedTuple):
-    """What is measured: a scheme without the dtype of its scales."""
+    """What is measured: a scheme without the dtype of its scales.
+
+    `grid` is what codes stand for: `Scheme.book`, or ``minimum``.
+    """
 
     bits: int
     group: Group
     symmetric: bool = True
+    grid: str = "int"
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> Kind:
+        """The kind of a scheme."""
+        grid = "minimum" if scheme.minimum else scheme.book
+        return cls(scheme.bits, scheme.group_size or ROW, scheme.symmetric, grid)
 
     def scheme(self, scale_dtype: str) -> Scheme:
-        """With that dtype."""
+        """With that dtype, or the one that its grid always has."""
         group = None if self.group == ROW else int(self.group)
-        return Scheme(self.bits, group, self.symmetric, scale_dtype)  # type: ignore[arg-type]
+        if self.grid == "minimum":
+            return Scheme(self.bits, group, self.symmetric, "float16", minimum=True)
+        dtype = scale_dtype if self.grid == "int" else "float32"
+        return Scheme(self.bits, group, self.symmetric, dtype, book=self.grid)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -103,10 +118,7 @@ class Measurement:
                 u["name"],
                 tuple(u["tensors"]),
                 tuple(u["shape"]),
-                {
-                    Kind(bits, group, symmetric): float(damage)
-                    for bits, group, symmetric, damage in u["damage"]
-                },
+                {Kind(*kind): float(damage) for *kind, damage in u["damage"]},
             )
             for u in data["units"]
         )
@@ -156,18 +168,21 @@ class Measurement:
 
 def kinds(method: str) -> tuple[Kind, ...]:
     """What any format can hold that is quantized by `method`."""
-    found = {
-        Kind(bits, group, symmetric)
-        for able in (fmt.abilities for fmt in formats.FORMATS.values())
-        if method in able.methods
-        for bits in able.bits
-        if bits != 16
-        for group in able.groups
-        for symmetric in (True, False)
-        if symmetric or bits in able.asymmetric_bits
-    }
+    found = set()
+    for name, fmt in formats.FORMATS.items():
+        able = fmt.abilities
+        if method not in able.methods:
+            continue
+        for bits, group, symmetric in product(able.bits, able.groups, (True, False)):
+            if bits != 16 and (symmetric or bits in able.asymmetric_bits):
+                recipe = Recipe(bits, group, symmetric, method, name)
+                with suppress(UsageError):  # of two groups that a format has, one may be for other bits
+                    found.add(Kind.of(fmt.linear_scheme(recipe, "F16")))
     return tuple(
-        sorted(found, key=lambda k: (k.bits, -_ROW_LENGTH if k.group == ROW else -int(k.group), -k.symmetric))
+        sorted(
+            found,
+            key=lambda k: (k.bits, -_ROW_LENGTH if k.group == ROW else -int(k.group), -k.symmetric, k.grid),
+        )
     )
 
 

@@ -108,6 +108,8 @@ class Fit:
 
 CALIBRATED = ("gptq", "weighted-mse")
 """Methods that look at what text does to the inputs of layers."""
+METHODS = ("rtn", "mse", "hqq", "thudm", *CALIBRATED)
+"""What `Recipe.method` may be asked to be; bitsandbytes' own goes without saying."""
 RANDOM = "random"
 """In place of a text to calibrate with: tokens drawn evenly from the vocabulary."""
 

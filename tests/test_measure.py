@@ -11,13 +11,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers_convert import config, content, small_source, tensors, write_source
+from helpers_sources import CHATGLM2, random_tensors, write_model
 from hub import HubServer
+from test_original_tokenizers_tiny import sentencepiece_folder
 
 import glmquant
 from glmquant import Fit, Measurement, Recipe, SourceError, UsageError, cli, convert, measure
+from glmquant._recipes import possible_recipes
 from glmquant._sensitivity import Kind, kinds
 from glmquant.checkpoint.output import REPORT
+from glmquant.checkpoint.source import open_folder
 from glmquant.memory import Workload
+from glmquant.recipe import Calibration
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +76,7 @@ def test_zero_points_help_where_weights_are_lopsided(kind: Kind, tmp_path: Path)
     made = config(layers=1)
     weights = {name: t.abs() if t.ndim == 2 else t for name, t in tensors(made).items()}
     found = measure(write_source(tmp_path / "model", weights, made))
-    lopsided, symmetric = found.relative_error(kind), found.relative_error(kind._replace(symmetric=True))
+    lopsided, symmetric = found.relative_error(kind), found.relative_error(Kind(kind.bits, kind.group))
     assert lopsided is not None
     assert symmetric is not None
     assert lopsided < 0.7 * symmetric
@@ -85,22 +90,32 @@ def test_the_errors_are_those_of_converted_weights(tmp_path: Path) -> None:
         if name.endswith("layernorm.weight"):
             weights[name] = torch.ones_like(weights[name])
     source = write_source(tmp_path / "model", weights, made)
-    by_unit = {unit.name: unit.damage for unit in measure(source).units}
-    for number, kind in enumerate(kinds("mse")):
-        recipe = Recipe(bits=kind.bits, group_size=kind.group, symmetric=kind.symmetric)
-        report = convert(source, tmp_path / str(number), recipe).report["tensors"]
-        found = report["model.layers.0.mlp.down_proj.weight"]["relative_error"]
-        assert by_unit["layer 0 dense_4h_to_h"][kind] ** 0.5 == pytest.approx(found, rel=1e-3), kind
+    seen = set()
+    for number, recipe in enumerate(possible_recipes(open_folder(source))):
+        if recipe.bits == 16 or recipe.activations:
+            continue
+        result = convert(source, tmp_path / str(number), recipe)
+        scheme = next(item.scheme for item in result.plan.items if item.scheme)
+        name = next(
+            n for n in result.report["tensors"] if n.endswith(("dense_4h_to_h.weight", "down_proj.weight"))
+        )
+        found = result.report["tensors"][name]["relative_error"]
+        units = {unit.name: unit.damage for unit in measure(source, str(recipe.method)).units}
+        damage = units["layer 0 dense_4h_to_h"][Kind.of(scheme)]
+        assert damage**0.5 == pytest.approx(found, rel=1e-3), recipe
+        seen.add(Kind.of(scheme).grid)
+    assert seen == {"int", "nf4", "llm.int8", "minimum"}
 
 
 def test_every_recipe_has_an_error_once_it_was_measured(tmp_path: Path) -> None:
     source = small_source(tmp_path / "model")
     assert {row.error for row in glmquant.recipes(source, Workload(64))} == {0, None}
     rows = glmquant.recipes(source, Workload(64), measure=True)
-    assert all(row.error is not None for row in rows)
+    assert {row.recipe.activations for row in rows if row.error is None} == {8}
     assert rows == glmquant.recipes(source, Workload(64))
     by_name = {row.name: row.error for row in rows}
     assert by_name["compressed-tensors int4 g32"] < by_name["compressed-tensors int4 row"]
+    assert by_name["gguf int4 g32 min"] < by_name["gguf int4 g32"]
     assert (
         by_name["compressed-tensors int4 row"] < by_name["cpm int4 row"]
     )  # mse, and rounding to the nearest
@@ -119,6 +134,44 @@ def test_a_saved_measurement_serves_another_machine(tmp_path: Path, kept: Path) 
     planned = run(cli.main, ["convert", str(source), str(tmp_path / "out"), *options])
     assert planned.exit_code == 0, planned.output
     assert not list(kept.iterdir())  # nothing was measured
+
+
+def test_a_calibrated_measurement_is_saved_too(tmp_path: Path, kept: Path) -> None:
+    source = sentencepiece_folder(tmp_path / "model", "chatglm3-6b")
+    made = {**CHATGLM2, "padded_vocab_size": 512}
+    write_model(source, made, random_tensors(made))
+    file = tmp_path / "measured.json"
+    run = CliRunner().invoke
+    asked = ["--method", "weighted-mse", "--calibration", "random", "--calibration-windows", "2"]
+    options = ["recipes", str(source), "--context", "64", *asked, "--measure", "--save", str(file), "--json"]
+    done = run(cli.main, options)
+    assert done.exit_code == 0, done.output
+    found = Measurement.load(file)
+    calibration = Calibration("random", 2)
+    assert found == measure(source, "weighted-mse", calibration=calibration)
+    kind = Kind(4, 128)
+    assert found.relative_error(kind) != measure(source).relative_error(kind)
+    rows = {row["name"]: row for row in json.loads(done.stdout)["recipes"]}
+    assert rows["compressed-tensors int4 g128"]["relative_output_error"] == found.relative_error(kind)
+    assert rows["compressed-tensors int4 g128"]["recipe"]["method"] == "weighted-mse"
+    assert rows["bitsandbytes nf4 g64"]["recipe"]["method"] == "bitsandbytes"  # which has no such method
+    for path in kept.iterdir():
+        path.unlink()
+    fit = ["--fit", "600MiB", "--context", "64", "--dry-run", "--measurement", str(file), *asked]
+    planned = run(cli.main, ["convert", str(source), str(tmp_path / "out"), *fit])
+    assert planned.exit_code == 0, planned.output
+    assert not list(kept.iterdir())
+
+
+def test_a_calibration_without_a_calibrated_method_is_refused(tmp_path: Path) -> None:
+    source = str(small_source(tmp_path / "model"))
+    options = ["recipes", source, "--context", "64", "--measure", "--calibration", "random"]
+    for more in ([], ["--method", "mse"]):
+        done = CliRunner().invoke(cli.main, [*options, *more])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "--calibration is for --method gptq and weighted-mse; give one of them" in done.stderr
+    done = CliRunner().invoke(cli.main, ["recipes", source, "--context", "64", "--method", "hqq"])
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize(

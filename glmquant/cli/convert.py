@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from ..recipe import CALIBRATED, Calibration, Fit, Recipe, parse_size, show_size
+from ..recipe import CALIBRATED, METHODS, Calibration, Fit, Recipe, parse_size, show_size
 from .hub import tell_which
 from .terminal import endpoint_option, json_option, print_rows, progress_bar
 
@@ -39,7 +39,7 @@ def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @click.option(
     "--method",
-    type=click.Choice(["rtn", "mse", "hqq", "thudm", *CALIBRATED]),
+    type=click.Choice(METHODS),
     help="Default: the best one for the format that needs no calibration.",
 )
 @click.option(
@@ -158,7 +158,7 @@ def convert(
         group_size=group_size,
         symmetric=symmetric,
         method=method,
-        calibration=_calibration(calibration, calibration_windows),
+        calibration=calibration_of(calibration, calibration_windows),
         format=format_,
         layout=layout,
         quantize_head=quantize_head,
@@ -221,7 +221,8 @@ def convert(
     return print_rows(rows)
 
 
-def _calibration(text: str | None, windows: int | None) -> Calibration | None:
+def calibration_of(text: str | None, windows: int | None) -> Calibration | None:
+    """What the two options say; None where neither is given."""
     if text is None and windows is None:
         return None
     return Calibration(text) if windows is None else Calibration(text, windows)

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from ..errors import UsageError
-from ..recipe import parse_size, show_size
+from ..recipe import CALIBRATED, METHODS, parse_size, show_size
+from .convert import calibration_of
 from .hub import tell_which
 from .terminal import endpoint_option, json_option, print_table, progress_bar
 
@@ -28,6 +29,16 @@ _RUNTIMES = ("glmquant", "transformers", "vllm", "llama.cpp")
 @click.option("--quantize-head", is_flag=True, help="With the output head in 8 bit.")
 @click.option("--measure", is_flag=True, help="Read the weights too, for the column of errors.")
 @click.option(
+    "--method", type=click.Choice(METHODS), help="Of the formats that take it.  [default: each format's]"
+)
+@click.option(
+    "--calibration",
+    type=click.Path(),
+    metavar="FILE",
+    help=f"Text for --method {' and '.join(CALIBRATED)}, as in convert.",
+)
+@click.option("--calibration-windows", type=click.IntRange(1), metavar="N", help="As in convert.")
+@click.option(
     "--save",
     type=click.Path(dir_okay=False),
     metavar="FILE",
@@ -45,6 +56,9 @@ def recipes(
     tp: int,
     quantize_head: bool,
     measure: bool,
+    method: str | None,
+    calibration: str | None,
+    calibration_windows: int | None,
     save: str | None,
     as_json: bool,
 ) -> None:
@@ -55,27 +69,31 @@ def recipes(
     glmquant recipes chatglm3-6b --context 2048 --batch 4 --device cpu
     glmquant recipes glm-4-9b-chat --runtime vllm --tp 4
     glmquant recipes chatglm3-6b --measure                          with the expected error of every recipe
+    glmquant recipes chatglm3-6b --measure --method gptq --calibration text.txt --save measured.json
 
     Reads config.json and headers only, unless it is to --measure. File sizes are exact. The error is that of the output
-    of linear layers, relative, from weights alone; it is shown once it was measured, here or by convert --fit.
+    of linear layers, relative, from weights alone (or, with a calibrated --method, from what a text makes of their
+    inputs); it is shown once it was measured, here or by convert --fit. Of W8A8, which rounds activations too, it is
+    not known.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
     from .._recipes import recipes as run
     from ..memory import Workload
 
     budget = None if vram is None else parse_size(vram)
     runtime = runtime or ("vllm" if tp > 1 else "glmquant")
+    text = calibration_of(calibration, calibration_windows)
     if save is not None and not measure:
         raise UsageError("--save FILE is for what --measure finds; give that too.")
     tell_which(ref)
     with progress_bar("measuring", quiet=as_json or not measure, unit="layers") as measuring:
         found = run(
             ref, Workload(context, batch), budget=budget, runtime=runtime, device=device, tp=tp,
-            quantize_head=quantize_head, measure=measure, measuring=measuring,
+            quantize_head=quantize_head, method=method, calibration=text, measure=measure, measuring=measuring,
         )  # fmt: skip
     if save is not None:
         from .._sensitivity import measure as kept
 
-        kept(ref).save(save)
+        kept(ref, method or "mse", calibration=text).save(save)
     if as_json:
         asked = {
             "context": context,
