@@ -62,7 +62,7 @@ class Workload:
     Args:
         context: tokens of prompt and answer together, of each sequence.
         batch: sequences at a time, all of the same length: padding would add a mask.
-        cache: ``dynamic`` is what `generate` makes: it grows by concatenation, or by our loop on a GPU to twice its
+        cache: ``dynamic`` is what `generate` makes: it grows by concatenation, or in our own loop to twice its
             size (`glmquant.memory_cache`). ``static`` has its full size at once.
         chunk: tokens of the prompt that are computed at once; None is all of them.
         prompt: tokens of the context that the prompt has; None is all of them, which takes the most.
@@ -96,7 +96,7 @@ class Memory:
         weights: packed codes of quantized weights.
         scales: their scales and zero points.
         rest: what is not quantized: embeddings, head, norms, biases.
-        cache: keys and values of all tokens, and on a GPU the room that is left.
+        cache: keys and values of all tokens, and the room that is left.
         activations: what a forward pass holds at its widest point, the growing of a dynamic cache included.
         workspace: unpacked weights of the linear layer at that point.
         scratch: what a compiled CPU kernel takes beside; torch's allocator does not see it.
@@ -294,7 +294,8 @@ def _activations(
 
 def _stepped(model: Model, runtime: str, device: Place) -> bool:
     """Whether `generate` goes by `glmquant.models.step`, whose cache has room for what is to come."""
-    return device == "cuda" and runtime == "glmquant" and model.family in _STEPPED
+    possible = device == "cuda" or _native.expected()
+    return possible and runtime == "glmquant" and model.family in _STEPPED
 
 
 def _product(model: Model, role: Role, runtime: str, device: Place, tokens: int) -> Product:

@@ -113,36 +113,37 @@ def prefill_bytes(shape: Shape, chunk: int) -> Taken:
             phase(3 * h + 3 * h + 2 * h + h, more=mask * shape.item),  # the mask as numbers
         ]
     else:
-        # Embeddings, input, normed; keys and values, which where the cache grows count as cache before they are.
-        layer = 3 * h + (0 if shape.grows else 2 * kv)
+        # Embeddings, input, normed. Keys and values of a growing cache count as cache before they are in it.
+        before = 3 * h + (0 if shape.grows else 2 * kv)
         query = 0 if shape.joint else q
+        separate = [phase(before - 2 * kv + q, q, h), phase(before + q, kv, h)]
         points = [
             phase(4 * h + 2 * f, 2 * f, h),
             phase(4 * h + 2 * f + 2 * f),  # gate and up, silu(gate), their product
             phase(4 * h + 2 * f + f + h, h, f),  # gate still holds both halves
-            phase(layer + q, q + 2 * kv, h),
-            # Halves of the heads, rotated, of both; then they become whole heads of queries.
-            phase(layer + q + (q + kv) // 2 + q),
-            phase(layer + query + q + h, h, q),
-            *_attending(shape, phase, layer, chunk, mask),
+            *([phase(before + q, q + 2 * kv, h)] if shape.joint else separate),
+            # Cosines and sines; halves of the heads, rotated, of both; then they become whole heads of queries.
+            phase(before + d.head_dim + q + (q + kv) // 2 + q),
+            phase(3 * h + query + q + h, h, q),
+            *_attending(shape, phase, chunk, mask),
         ]
     points.append(_head(shape, 2 * h * tokens * shape.item + kept))
     return Taken.widest(points)
 
 
-def _attending(shape: Shape, phase: Callable[..., Taken], layer: int, chunk: int, mask: int) -> list[Taken]:
-    """Attention of ChatGLM2 and later: `layer` outside of it; query, mixed values, and these once more in order."""
+def _attending(shape: Shape, phase: Callable[..., Taken], chunk: int, mask: int) -> list[Taken]:
+    """Attention of ChatGLM2 and later: embeddings, input, normed; query, mixed values, and these once more in order."""
     d, tokens, keys = shape.dims, shape.batch * chunk, shape.batch * shape.context
-    q, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    h, q, kv = d.hidden, d.heads * d.head_dim, d.kv_heads * d.head_dim
     if shape.joint and shape.half:  # all in float32 but the query that comes and the values that go
         wide, sums = 4 * q * tokens, 4 * d.heads * tokens
         return [
-            phase(layer + q, more=wide + 8 * kv * keys + wide + sums + mask * 4),
-            phase(layer + q + q, more=wide),
+            phase(3 * h + q, more=wide + 8 * kv * keys + wide + sums + mask * 4),
+            phase(3 * h + q + q, more=wide),
         ]
     # With a mask, a GPU has keys and values repeated for every query head.
     repeated = 2 * q * keys * shape.item if shape.device == "cuda" and mask and d.kv_heads < d.heads else 0
-    return [phase(layer + 3 * q, more=repeated + mask * shape.item)]
+    return [phase(3 * h + 3 * q, more=repeated + mask * shape.item)]
 
 
 def decode_bytes(shape: Shape) -> Taken:
@@ -151,7 +152,7 @@ def decode_bytes(shape: Shape) -> Taken:
     each = d.kv_heads * d.head_dim * shape.context * shape.batch
     # Keys, then values, of a layer are copied to a place that is one token larger.
     points = [_head(shape, 0), Taken(each * shape.item if shape.grows else 0, 0, 0)]
-    if shape.half and shape.joint:
+    if shape.half and shape.joint and shape.grows:
         points.append(Taken(2 * each * 4, 0, 0))  # both, in float32
     return Taken.widest(points)
 
