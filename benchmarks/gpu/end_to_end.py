@@ -195,6 +195,8 @@ def _compare(out: Path, device: str, context: int, batch: int) -> dict[str, Any]
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])
+    if "fault" in found:
+        raise RuntimeError(found["fault"])
     model = Model.of_checkpoint(_source(out))
     predicted = estimate(model, Workload(context, batch), device="cpu" if device == "cpu" else "cuda")
     row = {"batch": batch, "context": context, "predicted_MiB": predicted.allocated // _MIB}
