@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def _lines(
     yield from ("---", "")
     yield f"# {name.partition('/')[2] if name else f'{called}, {scheme}'}"
     yield ""
-    quantized = recipe["bits"] != 16 or recipe.get("fit")
+    quantized = _is_quantized(recipe)
     made = f"quantized to {scheme}" if quantized else "in 16 bit, in a layout that needs no remote code"
     if base:
         subject = f"[{base}]({_PAGES[hub or _hub_of(source)]}{base})"
@@ -115,9 +116,13 @@ def _lines(
         subject = f"{called}{told}"
     yield f"{subject}, {made}, made with [glmquant](#provenance) {report['glmquant']}."
     yield from ("", "| | |", "|---|---|")
+    ends = f"; embeddings {_end(recipe, 'embeddings')}, output head {_end(recipe, 'head')}"
+    if recipe.get("k_quant"):
+        types = Counter(entry["scheme"] for entry in report["tensors"].values() if entry["scheme"])
+        ends = f" ({', '.join(f'{kind} x {count}' for kind, count in sorted(types.items()))})"
     rows = [
-        ("weights", f"{scheme}; embeddings {_end(recipe, 'embeddings')}, output head {_end(recipe, 'head')}"),
-        ("method", f"`{recipe['method']}`" if recipe["method"] else "none"),
+        ("weights", f"{scheme}{ends}"),
+        ("method", f"`{recipe['method']}`" if recipe["method"] else report.get("requantized", "none")),
         ("format", f"`{recipe['format']}`, {recipe['layout']} layout"),
         ("size", f"{show_size(summary['bytes'])}, {summary['bits_per_weight']} bits per weight"),
         ("source", f"{show_size(summary['source_bytes'])}, stored as `{source['stored_as']}`"),
@@ -136,9 +141,15 @@ def _lines(
     yield from _provenance(report)
 
 
+def _is_quantized(recipe: Mapping[str, Any]) -> bool:
+    return recipe["bits"] != 16 or bool(recipe.get("fit") or recipe.get("k_quant"))
+
+
 def _scheme(recipe: Mapping[str, Any]) -> str:
     if recipe.get("fit"):
         return "INT4 and INT8, chosen for every layer"
+    if recipe.get("k_quant"):
+        return f"{recipe['k_quant'].upper()} by llama.cpp"
     if recipe["bits"] == 16:
         return "16 bit"
     group = recipe["group_size"]
@@ -180,7 +191,7 @@ def _front_matter(report: Mapping[str, Any], hub: str | None, name: str | None) 
     source, recipe = report["source"], report["recipe"]
     front: dict[str, Any] = {}
     base = _base(source, hub)
-    quantized = recipe["bits"] != 16 or bool(recipe.get("fit"))
+    quantized = _is_quantized(recipe)
     if base:
         front["base_model"] = base
         if quantized and not source["adapter"]:  # with an adapter it is a fine-tune, too
@@ -197,13 +208,16 @@ def _front_matter(report: Mapping[str, Any], hub: str | None, name: str | None) 
     if quantized:
         tags += [
             "quantized",
-            *([] if recipe.get("fit") else [_kind_tag(recipe), f"{recipe['bits']}-bit"]),
+            *([] if recipe.get("fit") else [_kind_tag(recipe)]),
+            *([] if recipe.get("fit") or recipe.get("k_quant") else [f"{recipe['bits']}-bit"]),
         ]
     front["tags"] = list(dict.fromkeys(tags))
     return front
 
 
 def _kind_tag(recipe: Mapping[str, Any]) -> str:
+    if recipe.get("k_quant"):
+        return str(recipe["k_quant"])
     if recipe.get("activations"):
         return f"w{recipe['bits']}a{recipe['activations']}"
     return "nf4" if recipe["format"] == "bitsandbytes" and recipe["bits"] == 4 else f"int{recipe['bits']}"
@@ -330,7 +344,12 @@ def _loading(report: Mapping[str, Any], name: str, hub: str | None) -> Iterator[
     if "llama.cpp" not in readers:
         yield from ("llama.cpp reads GGUF files only, which these are not.", "")
     ref = name if hub != "ms" else "OUT"
-    yield "glmquant, which keeps quantized weights packed in memory:"
+    packed = (
+        "unpacks these to 16 bit"
+        if report["recipe"].get("k_quant")
+        else "keeps quantized weights packed in memory"
+    )
+    yield f"glmquant, which {packed}:"
     yield from _code("", f"glmquant chat {ref}")
     yield from _code("python", f"""
         import glmquant
@@ -378,6 +397,10 @@ def _provenance(report: Mapping[str, Any]) -> Iterator[str]:
 def _options(report: Mapping[str, Any]) -> str:
     recipe = report["recipe"]
     fit = recipe.get("fit")
+    if recipe.get("k_quant"):
+        return " ".join(
+            ["--gguf-type", recipe["k_quant"], *(["--adapter LORA"] if report["source"]["adapter"] else [])]
+        )
     if fit:
         options = [f"--fit {fit['budget']} --context {fit['context']} --batch {fit['batch']}"]
     else:

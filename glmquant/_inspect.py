@@ -94,9 +94,11 @@ def inspect(ref: PathLike) -> Inspection:
     dtypes: Counter[str] = Counter()
     files: Counter[str] = Counter()
     for info in source.infos().values():
-        dtypes[info.dtype] += info.nbytes
+        dtypes[info.decoded or info.dtype] += info.nbytes
         files[info.shard] += info.nbytes
     quantized = fmt.quantized(source.config, family, dims)
+    schemes = Counter(str(weight.scheme) for weight in quantized)
+    schemes.update(info.decoded for info in source.infos().values() if info.decoded)
     layout = family.layout_of(source.config)
     stored = set(source.infos()) | {weight.name for weight in quantized}
     parameters = sum(
@@ -110,7 +112,7 @@ def inspect(ref: PathLike) -> Inspection:
         family=family.name,
         layout=layout,
         format=fmt.name,
-        schemes=dict(Counter(str(weight.scheme) for weight in quantized)),
+        schemes=dict(schemes),
         dims=dims,
         files=dict(sorted(files.items())),
         dtypes=dict(sorted(dtypes.items())),

@@ -14,6 +14,7 @@ from ._version import __version__
 from .plan import Item, Plan
 
 if TYPE_CHECKING:
+    from ._k_quants import Requantized
     from ._quantize import ItemError
 
 _PACKAGES = ("torch", "safetensors")
@@ -39,21 +40,28 @@ def build_report(
     sidecars: Mapping[str, bytes],
     entries: Mapping[str, Any],
     calibration: Mapping[str, Any] | None = None,
+    requantized: Requantized | None = None,
 ) -> dict[str, Any]:
     """Put the report together; `relative_error` is ``||w - w'|| / ||w||`` (Frobenius) throughout."""
+    written = {shard.file: {"bytes": shard.nbytes, "sha256": hashes[shard.file]} for shard in plan.shards}
+    if requantized is not None:
+        entries = {**entries, **requantized.entries}
+        (file,) = written
+        written[file] = {"bytes": requantized.nbytes, "sha256": requantized.sha256}
+    nbytes = sum(int(str(entry["bytes"])) for entry in written.values())
     quantized = {name: e["relative_error"] for name, e in entries.items() if e["scheme"]}
     weights = sum(_elements(item.shape) for item in plan.items)
     summary: dict[str, Any] = {
-        "bytes": plan.nbytes,
+        "bytes": nbytes,
         "source_bytes": plan.source_nbytes,
-        "bits_per_weight": float(f"{8 * plan.nbytes / weights:.4g}"),
+        "bits_per_weight": float(f"{8 * nbytes / weights:.4g}"),
     }
     if quantized:
         worst = max(quantized, key=lambda name: quantized[name])
         summary["mean_relative_error"] = float(f"{sum(quantized.values()) / len(quantized):.6g}")
         summary["worst_relative_error"] = quantized[worst]
         summary["worst_tensor"] = worst
-    files = {shard.file: {"bytes": shard.nbytes, "sha256": hashes[shard.file]} for shard in plan.shards}
+    files = dict(written)
     for name, data in sorted(sidecars.items()):
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return {
@@ -62,6 +70,7 @@ def build_report(
         "model": plan.model,
         "family": plan.family,
         "recipe": plan.recipe.to_json(),
+        **({} if requantized is None else {"requantized": requantized.tool}),
         **({} if calibration is None else {"calibration": calibration}),
         "source": {
             "stored_as": opened.stored_as.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,11 @@ def verify(
             _check_weight(checkpoint, fmt, weights[tensor.name], originals, result)
             result.quantized += 1
         elif tensor.role is not Role.BUFFER and tensor.name in checkpoint.infos():
-            _check_copy(checkpoint, tensor, originals, result)
+            if checkpoint.infos()[tensor.name].decoded:
+                _check_decoded(checkpoint, tensor, originals, result)
+                result.quantized += 1
+            else:
+                _check_copy(checkpoint, tensor, originals, result)
         if progress is not None:
             progress(number + 1, len(layout), tensor.name)
     _compare_errors(result, report)
@@ -210,22 +214,52 @@ def _check_weight(
             shown = ", ".join(map(str, output.constant[:4])) + (", ..." if len(output.constant) > 4 else "")
             result.problems.append(f"{output.name} does not hold {shown}.")
             return
+    _compare(
+        weight.name,
+        blocks(fmt, weight, _BLOCK_WEIGHTS),
+        lambda start, stop: read_rows(checkpoint, fmt, weight, start, stop).dequantize(),
+        originals,
+        result,
+    )
+
+
+@torch.inference_mode()
+def _compare(
+    name: str,
+    rows: Iterable[tuple[int, int]],
+    read: Callable[[int, int], torch.Tensor],
+    originals: _Originals | None,
+    result: Verification,
+) -> None:
+    """Decode `rows` of a quantized weight, and measure their error where there are originals."""
     squared_error = squared_norm = 0.0
-    for start, stop in blocks(fmt, weight, _BLOCK_WEIGHTS):
+    for start, stop in rows:
         try:
-            decoded = read_rows(checkpoint, fmt, weight, start, stop).dequantize()
+            decoded = read(start, stop)
         except SourceError as error:
             result.problems.append(str(error))
             return
         if not bool(torch.isfinite(decoded.sum())):
-            result.problems.append(f"{weight.name} decodes to NaN or infinity in rows {start} to {stop - 1}.")
+            result.problems.append(f"{name} decodes to NaN or infinity in rows {start} to {stop - 1}.")
             return
         if originals is not None:
-            exact = originals.rows(weight.name, start, stop).to(torch.float32, copy=True)
+            exact = originals.rows(name, start, stop).to(torch.float32, copy=True)
             squared_error += (decoded - exact).square_().sum().item()
             squared_norm += exact.square_().sum().item()
     if originals is not None:
-        result.errors[weight.name] = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+        result.errors[name] = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+
+
+def _check_decoded(
+    checkpoint: TensorSource, tensor: LayoutTensor, originals: _Originals | None, result: Verification
+) -> None:
+    """A weight that another program has quantized."""
+    rows, columns = tensor.shape
+    step = max(1, _BLOCK_WEIGHTS // columns)
+    starts = ((start, min(rows, start + step)) for start in range(0, rows, step))
+    _compare(
+        tensor.name, starts, lambda start, stop: checkpoint.read(tensor.name, start, stop), originals, result
+    )
 
 
 @torch.inference_mode()

@@ -365,6 +365,8 @@ def _llama(model: Model, workload: Workload) -> Memory:
     """llama.cpp, roughly: the file, a half cache, and the buffers of a batch of 512 tokens (logits in float32)."""
     dims = model.dims
     weights, scales, rest = _resident(model)
+    if model.file_bytes < weights + scales + rest:  # K-quants, which only llama.cpp keeps as they are
+        weights, scales, rest = model.file_bytes, 0, 0
     tokens = min(_LLAMA_TOKENS, workload.context)
     cache = cache_bytes(dims, workload.batch * -(-workload.context // 256) * 256, "F16")
     activations = 4 * tokens * max(dims.vocab, 4 * dims.hidden + 3 * dims.ffn)

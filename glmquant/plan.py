@@ -160,6 +160,10 @@ def resolve_recipe(recipe: Recipe, family: Family) -> tuple[Recipe, Format]:
         raise UsageError(
             f"--double-quant goes with --format bitsandbytes, not {name}; leave out --double-quant."
         )
+    if recipe.k_quant is not None and (name != "gguf" or recipe.bits != 16):
+        raise UsageError(
+            f"a K-quant ({recipe.k_quant}) is made of a GGUF file in 16 bit; use --format gguf with --bits 16."
+        )
     if recipe.activations is not None and name != "compressed-tensors":
         raise UsageError(f"--bits w8a8 goes with --format compressed-tensors, not {name}.")
     if recipe.bits == 16 and 16 not in fmt.abilities.bits:
@@ -243,7 +247,7 @@ def make_plan(source: TensorSource, recipe: Recipe) -> Plan:
         recipe=recipe,
         stages=tuple(_stages(items)),
         shards=fmt.files([item.outputs for item in items], model),
-        notes=(*fmt.notes(recipe), *_losses(items)),
+        notes=(*fmt.notes(recipe), *_losses(items), *_decoded(infos)),
     )
 
 
@@ -340,6 +344,17 @@ def _losses(items: list[Item]) -> Iterator[str]:
         if how in ways:
             counts = ", ".join(f"{count} weights ({what})" for what, count in sorted(ways[how].items()))
             yield f"the source is quantized: {counts} {text}."
+
+
+def _decoded(infos: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """What is read of a source that another program has quantized, in ways that have no scheme here."""
+    counts = Counter(info.decoded for info in infos.values() if info.decoded)
+    if counts:
+        kinds = ", ".join(f"{count} in {kind}" for kind, count in sorted(counts.items()))
+        yield (
+            f"the source is quantized by llama.cpp: {counts.total()} weights ({kinds}) are decoded, and what their "
+            "quantization lost does not come back."
+        )
 
 
 def _item(

@@ -47,7 +47,7 @@ def scheme_name(bits: int, group: Group | None) -> str:
 
 
 # Fields of a recipe that most recipes have no use for.
-_OPTIONAL = ("fit", "gptq_version", "double_quant", "activations", "calibration")
+_OPTIONAL = ("fit", "gptq_version", "double_quant", "activations", "calibration", "k_quant")
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ class Recipe:
         gptq_version: of GPTQ's checkpoint format, 1 or 2; for ``gptq`` only.
         double_quant: bitsandbytes' nf4 with its scales quantized too.
         activations: 8 for W8A8: engines round activations to 8 bits too, token by token.
+        k_quant: of ``gguf`` with 16 bits: the type, such as ``q4_k_m``, into which llama.cpp's own ``llama-quantize``
+            turns the file.
         calibration: for the methods in `CALIBRATED`; None is the bundled sample.
         max_shard_size: upper limit of a file in bytes (a single tensor may exceed it).
     """
@@ -167,6 +169,7 @@ class Recipe:
     gptq_version: int | None = None
     double_quant: bool = False
     activations: int | None = None
+    k_quant: str | None = None
     fit: Fit | None = None
     calibration: Calibration | None = None
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 32
+K_QUANT = "k_quant"
+"""In a ``quantization_config``: the type of file that llama.cpp itself has made."""
 
 # What llama.cpp calls the modules of the two layouts; {} is the number of a layer.
 _ORIGINAL = {
@@ -150,7 +152,15 @@ def preamble(architecture: str, keys: Mapping[str, Any], tensors: Mapping[str, S
 
 
 class GgufSource(_FolderSource):
-    """A folder with one GGUF file and the ``config.json`` of its model."""
+    """A folder with one GGUF file and the ``config.json`` of its model.
+
+    In a file that llama.cpp has quantized, matrices of many types stand side by side; they are read as float32.
+    """
+
+    @cached_property
+    def _decodes(self) -> bool:
+        section = self.config.get("quantization_config")
+        return isinstance(section, dict) and K_QUANT in section
 
     def _open_shard(self, path: Path) -> dict[str, Any]:
         try:
@@ -161,14 +171,19 @@ class GgufSource(_FolderSource):
                 f"{path} is not a sound GGUF file ({error}); convert or download it again."
             ) from None
         ours = _OURS["original" if self.config.get("model_type") == "chatglm" else "native"]
-        return {_renamed(tensor.name, ours): tensor.data for tensor in tensors}
+        return {_renamed(tensor.name, ours): tensor for tensor in tensors}
 
     def _shard_infos(self, shard: str) -> list[TensorInfo]:
         return list(self._headers(shard))
 
     def _headers(self, shard: str) -> Iterator[TensorInfo]:
         dtypes = {"float16": "F16", "float32": "F32", "uint8": "U8"}
-        for name, data in self._handle(shard).items():
+        for name, tensor in self._handle(shard).items():
+            data, kind = tensor.data, tensor.tensor_type
+            if self._decodes and str(data.dtype) == "uint8":
+                shape = tuple(int(n) for n in tensor.shape[::-1])
+                yield TensorInfo(name, "F32", shape, shard, kind.name, data.nbytes)
+                continue
             if str(data.dtype) not in dtypes:
                 raise SourceError(
                     f"{name} in {shard} has numbers of type {data.dtype}, which is not known here."
@@ -176,6 +191,18 @@ class GgufSource(_FolderSource):
             yield TensorInfo(name, dtypes[str(data.dtype)], tuple(data.shape), shard)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        import numpy
         import torch
 
-        return torch.from_numpy(self._handle(self._infos[name].shard)[name][start:stop])
+        info = self._infos[name]
+        tensor = self._handle(info.shard)[name]
+        rows = tensor.data[start:stop]
+        if info.decoded is not None:
+            try:
+                with numpy.errstate(invalid="ignore"):  # whoever asked looks for NaN
+                    rows = library().quants.dequantize(rows, tensor.tensor_type)
+            except NotImplementedError as error:
+                raise SourceError(
+                    f"{name} in {info.shard} cannot be read here ({error}); use the 16-bit original."
+                ) from None
+        return torch.from_numpy(rows)

@@ -47,17 +47,26 @@ def torch_dtype(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as a header states it; `dtype` is spelled as safetensors does (``F16``, ``I8``, ...)."""
+    """One tensor as a header states it.
+
+    Attributes:
+        dtype: spelled as safetensors does (``F16``, ``I8``, ...).
+        shard: the file it is in.
+        decoded: what it is decoded from while it is read, such as ``Q4_K``; None if it is stored as it is.
+        stored: bytes of what it is decoded from.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     shard: str
+    decoded: str | None = None
+    stored: int | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
-        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+        """Bytes of its data in the file."""
+        return self.stored if self.stored is not None else math.prod(self.shape) * ITEM_SIZES[self.dtype]
 
 
 class TensorSource(Protocol):

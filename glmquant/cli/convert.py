@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .._k_quants import K_TYPES
 from ..errors import UsageError
 from ..recipe import CALIBRATED, METHODS, Calibration, Fit, Recipe, parse_size, show_size
 from .hub import tell_which
@@ -61,8 +62,8 @@ def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @click.option(
     "--gguf-type",
-    type=click.Choice(["q4_0", "q4_1", "q8_0", "f16"]),
-    help="In place of --format gguf --bits ... [--asymmetric].",
+    type=click.Choice(["q4_0", "q4_1", "q8_0", "f16", *K_TYPES]),
+    help="In place of --format gguf --bits ... [--asymmetric]; q2_k to q6_k need llama.cpp's llama-quantize.",
 )
 @click.option("--double-quant", is_flag=True, help="Of --format bitsandbytes: quantize scales too.")
 @click.option(
@@ -152,7 +153,8 @@ def convert(
     if gguf_type is not None:
         if bits is not None or not symmetric or format_ not in (None, "gguf"):
             raise UsageError("--gguf-type says it all; leave out --bits, --asymmetric and --format.")
-        format_, bits, symmetric = "gguf", {"q8_0": "8", "f16": "16"}.get(gguf_type, "4"), gguf_type != "q4_1"
+        widths = {"q4_0": "4", "q4_1": "4", "q8_0": "8"}  # the others begin as F16
+        format_, bits, symmetric = "gguf", widths.get(gguf_type, "16"), gguf_type != "q4_1"
     recipe = Recipe(
         bits=8 if bits == "w8a8" else int(bits or 4),
         group_size=group_size,
@@ -166,6 +168,7 @@ def convert(
         max_shard_size=parse_size(max_shard_size),
         gptq_version=int(gptq_version) if gptq_version else None,
         double_quant=double_quant,
+        k_quant=gguf_type if gguf_type in K_TYPES else None,
         activations=8 if bits == "w8a8" else None,
         fit=_fit(fit, bits, context, batch, measurement),
     )

@@ -7,6 +7,8 @@ A matrix [out, in] is rows of blocks of 32 weights:
     Q8_0   34 bytes   half d, then 32 int8 codes
 
 Scales and codes are our quantizers' own; d may be negative. Norms and biases are float32, as llama.cpp adds them.
+K-quants are llama.cpp's: it makes them of a file in F16 (`glmquant._k_quants`), and they are read as the weights that
+they stand for.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .._k_quants import llama_quantize
 from ..checkpoint.files import GGUF_FILE
-from ..checkpoint.gguf import GgufLayout, library, preamble
+from ..checkpoint.gguf import K_QUANT, GgufLayout, library, preamble
 from ..checkpoint.sink import ShardLayout, StoredTensor
 from ..errors import SourceError, UsageError
 from ..families import Role
@@ -63,6 +66,8 @@ class Gguf(FormatBase):
         if recipe.bits == 16:
             refuse_quantizing(recipe)
         library()
+        if recipe.k_quant is not None:
+            llama_quantize(recipe.k_quant)
 
     def linear_scheme(self, recipe: Recipe, weight_dtype: str) -> Scheme:
         """See `Format`. Asymmetric weights are those of Q4_1."""
@@ -122,7 +127,16 @@ class Gguf(FormatBase):
     ) -> dict[str, Any]:
         """See `Format`. llama.cpp does not read it; glmquant does."""
         types = {weight.role.value: _type(weight.scheme) for weight in weights}
-        return {"quantization_config": {"quant_method": "gguf", "file": GGUF_FILE, "types": types}}
+        k_quant = {} if recipe.k_quant is None else {K_QUANT: recipe.k_quant}
+        return {"quantization_config": {"quant_method": "gguf", "file": GGUF_FILE, "types": types, **k_quant}}
+
+    def notes(self, recipe: Recipe) -> tuple[str, ...]:
+        """See `Format`."""
+        if recipe.k_quant is None:
+            return ()
+        return (
+            f"once the file is whole in F16, llama-quantize makes {recipe.k_quant} of it; a plan shows F16.",
+        )
 
     def quantized(self, config: Mapping[str, Any], family: Family, dims: Dims) -> list[StoredWeight]:
         """See `Format`."""

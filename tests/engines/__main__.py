@@ -1,6 +1,6 @@
 """Let real engines run what ``convert`` writes, and print one table.
 
-    python -m tests.engines [--only vllm] [--allow-missing]
+    python -m tests.engines [--only vllm] [--row W8A8] [--allow-missing]
 
 Ends with status 1 if an engine refuses a checkpoint, runs it otherwise than glmquant reads it, keeps it in memory
 otherwise than it is stored, or cannot be had here (``--allow-missing`` forgives only the last).
@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 
@@ -29,6 +29,7 @@ from .llama_cpp import LlamaCpp
 from .vllm_cpu import VllmCpu
 
 ENGINES: tuple[Engine, ...] = (LlamaCpp(), VllmCpu())
+SERVED = "INT4 group 64, served"
 _START = time.monotonic()
 
 
@@ -42,12 +43,19 @@ class Row:
     compared: str
     result: str
     passed: bool
+    seconds: float = 0.0
 
 
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m tests.engines", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=[engine.name for engine in ENGINES], help="one engine")
+    parser.add_argument(
+        "--row",
+        action="append",
+        metavar="NAME",
+        help="only checkpoints with NAME in their names; may be repeated",
+    )
     parser.add_argument(
         "--allow-missing", action="store_true", help="an engine that cannot be had is no failure"
     )
@@ -68,7 +76,7 @@ def main() -> int:
             rmtree(work, ignore_errors=True)  # of a run that was killed
             work.mkdir()
             try:
-                rows += _run(ready, work)
+                rows += _run(ready, work, options.row or [""])
             finally:
                 rmtree(work, ignore_errors=True)
     _print(rows)
@@ -88,24 +96,30 @@ def _prepare(engine: Engine) -> str | None:
     return reason
 
 
-def _run(engines: Sequence[Engine], work: Path) -> Iterator[Row]:
+def _run(engines: Sequence[Engine], work: Path, wanted: Sequence[str]) -> Iterator[Row]:
     source = work / "source"
     _say("building the model (SmolLM2-135M-Instruct as a ChatGLM3 checkpoint)")
     checkpoints.build_source(source)
     for engine in engines:
         version = engine.environment.version()
         for checkpoint in engine.checkpoints:
-            how = "a recipe in Python" if checkpoint.recipe else " ".join(checkpoint.options)
-            command = f"glmquant convert {how}".rstrip()
-            _say(f"{engine.name} {version}, {checkpoint.name}: {command}")
-            for row in _try(engine, checkpoint, source, work):
-                _say(f"  {row.compared}: {row.result}")
-                yield row
-        if isinstance(engine, VllmCpu):
-            _say(f"{engine.name} {version}, served over HTTP")
-            row = _serve(engine, source, work)
-            _say(f"  {row.compared}: {row.result}")
-            yield row
+            if any(name in checkpoint.name for name in wanted):
+                how = "a recipe in Python" if checkpoint.recipe else " ".join(checkpoint.options)
+                _say(f"{engine.name} {version}, {checkpoint.name}: {f'glmquant convert {how}'.rstrip()}")
+                yield from _timed(_try(engine, checkpoint, source, work))
+        if isinstance(engine, VllmCpu) and any(name in SERVED for name in wanted):
+            _say(f"{engine.name} {version}, {SERVED}")
+            yield from _timed(_serve(engine, source, work))
+
+
+def _timed(rows: Iterator[Row]) -> Iterator[Row]:
+    """The same rows, each with the seconds it took, and said as it comes."""
+    begin = time.monotonic()
+    for row in rows:
+        end = time.monotonic()
+        _say(f"  {row.compared}: {row.result}, {end - begin:.0f} s")
+        yield replace(row, seconds=end - begin)
+        begin = end
 
 
 def _try(engine: Engine, checkpoint: Checkpoint, source: Path, work: Path) -> Iterator[Row]:
@@ -133,11 +147,11 @@ def _try(engine: Engine, checkpoint: Checkpoint, source: Path, work: Path) -> It
         rmtree(out, ignore_errors=True)
 
 
-def _serve(engine: VllmCpu, source: Path, work: Path) -> Row:
+def _serve(engine: VllmCpu, source: Path, work: Path) -> Iterator[Row]:
     """A row for ``vllm serve``, with a group size that two GPUs would admit."""
     out = work / "checkpoint"
     try:
-        checkpoints.convert(source, out, ("--group-size", "64"))
+        checkpoints.convert(source, out, Checkpoint(SERVED, ("--group-size", "64"), "auto", "-"))
         faults, figures = served.compare(out, engine.environment, checkpoints.prompt_ids(source), work)
     except (ConversionFailed, EngineFailed, GlmquantError) as error:
         faults, figures = [str(error)], "nothing to compare"
@@ -145,7 +159,7 @@ def _serve(engine: VllmCpu, source: Path, work: Path) -> Row:
         rmtree(out, ignore_errors=True)
     result = f"{'; '.join(['FAILED', *faults]) if faults else 'ok'} ({figures})"
     version = engine.environment.version()
-    return Row(engine.name, version, "INT4 group 64", "vllm serve, glmquant.load", result, not faults)
+    yield Row(engine.name, version, SERVED, "vllm serve, glmquant.load", result, not faults)
 
 
 def _otherwise(checkpoint: Checkpoint, source: Path, out: Path, answer: Answer) -> list[str]:
@@ -172,10 +186,13 @@ def _otherwise(checkpoint: Checkpoint, source: Path, out: Path, answer: Answer) 
 
 
 def _print(rows: Sequence[Row]) -> None:
-    head = ("engine", "version", "checkpoint", "compared", "result")
-    cells = [head, *((r.engine, r.version, r.checkpoint, r.compared, r.result) for r in rows)]
+    head = ("engine", "version", "checkpoint", "seconds", "compared", "result")
+    cells = [
+        head,
+        *((r.engine, r.version, r.checkpoint, f"{r.seconds:.0f}", r.compared, r.result) for r in rows),
+    ]
     widths = [max(len(line[n]) for line in cells) for n in range(len(head) - 1)]
-    cells.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3], "------"))
+    cells.insert(1, (*("-" * width for width in widths), "------"))
     print()
     for line in cells:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]))
