@@ -12,7 +12,8 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
@@ -25,10 +26,12 @@ from . import checkpoints, reference, served
 from .base import Answer, Engine, EngineFailed
 from .checkpoints import Checkpoint, ConversionFailed
 from .environments import EnvironmentFailed, cache
+from .gptqmodel import GptqModel
 from .llama_cpp import LlamaCpp
 from .vllm_cpu import VllmCpu
 
-ENGINES: tuple[Engine, ...] = (LlamaCpp(), VllmCpu())
+AnyEngine = Engine | GptqModel
+ENGINES: tuple[AnyEngine, ...] = (LlamaCpp(), VllmCpu(), GptqModel())
 SERVED = "INT4 group 64, served"
 _START = time.monotonic()
 
@@ -61,7 +64,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     rows: list[Row] = []
-    ready: list[Engine] = []
+    ready: list[AnyEngine] = []
     for engine in ENGINES:
         if options.only in (None, engine.name):
             reason = _prepare(engine)
@@ -85,7 +88,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _prepare(engine: Engine) -> str | None:
+def _prepare(engine: AnyEngine) -> str | None:
     """Make an engine ready, or say why it cannot be."""
     try:
         reason = engine.missing()
@@ -96,51 +99,75 @@ def _prepare(engine: Engine) -> str | None:
     return reason
 
 
-def _run(engines: Sequence[Engine], work: Path, wanted: Sequence[str]) -> Iterator[Row]:
+def _run(engines: Sequence[AnyEngine], work: Path, wanted: Sequence[str]) -> Iterator[Row]:
+    def asked(name: str) -> bool:
+        return any(part in name for part in wanted)
+
     source = work / "source"
     _say("building the model (SmolLM2-135M-Instruct as a ChatGLM3 checkpoint)")
     checkpoints.build_source(source)
+    tries = [
+        (engine, checkpoint, work / f"checkpoint-{number}")
+        for engine in engines
+        if not isinstance(engine, GptqModel)
+        for number, checkpoint in enumerate(engine.checkpoints)
+        if asked(checkpoint.name)
+    ]
+    # An engine computes in one thread. While it does, the judge reads what the one before it said.
+    with ThreadPoolExecutor(1) as ahead:
+        answers = [ahead.submit(_answer, *one, source, work) for one in tries[:1]]
+        for number, one in enumerate(tries):
+            following = tries[number + 1 : number + 2]
+            answered, answers = answers[0], [ahead.submit(_answer, *it, source, work) for it in following]
+            yield from _say_each(_judge(*one, answered, source))
     for engine in engines:
-        version = engine.environment.version()
-        for checkpoint in engine.checkpoints:
-            if any(name in checkpoint.name for name in wanted):
-                how = "a recipe in Python" if checkpoint.recipe else " ".join(checkpoint.options)
-                _say(f"{engine.name} {version}, {checkpoint.name}: {f'glmquant convert {how}'.rstrip()}")
-                yield from _timed(_try(engine, checkpoint, source, work))
-        if isinstance(engine, VllmCpu) and any(name in SERVED for name in wanted):
-            _say(f"{engine.name} {version}, {SERVED}")
-            yield from _timed(_serve(engine, source, work))
+        if isinstance(engine, VllmCpu) and asked(SERVED):
+            yield from _say_each(_serve(engine, source, work))
+        elif isinstance(engine, GptqModel):
+            chosen = [checkpoint for checkpoint in engine.checkpoints if asked(checkpoint.name)]
+            yield from _say_each(_read(engine, chosen, source, work))
 
 
-def _timed(rows: Iterator[Row]) -> Iterator[Row]:
-    """The same rows, each with the seconds it took, and said as it comes."""
-    begin = time.monotonic()
+def _say_each(rows: Iterator[Row]) -> Iterator[Row]:
     for row in rows:
-        end = time.monotonic()
-        _say(f"  {row.compared}: {row.result}, {end - begin:.0f} s")
-        yield replace(row, seconds=end - begin)
-        begin = end
+        _say(f"{row.engine}, {row.checkpoint}, {row.compared}: {row.result}; {row.seconds:.0f} s")
+        yield row
 
 
-def _try(engine: Engine, checkpoint: Checkpoint, source: Path, work: Path) -> Iterator[Row]:
+def _answer(
+    engine: Engine, checkpoint: Checkpoint, out: Path, source: Path, work: Path
+) -> tuple[Answer, float]:
+    """Convert and have the engine run it; returns what it said, and seconds."""
+    begin = time.monotonic()
+    how = "a recipe in Python" if checkpoint.recipe else " ".join(checkpoint.options)
+    _say(f"{engine.name}, {checkpoint.name}: {f'glmquant convert {how}'.rstrip()}")
+    checkpoints.convert(source, out, checkpoint)
+    answer = engine.answer(checkpoint, out, checkpoints.prompt_ids(source), work)
+    return answer, time.monotonic() - begin
+
+
+def _judge(
+    engine: Engine, checkpoint: Checkpoint, out: Path, answered: Future[tuple[Answer, float]], source: Path
+) -> Iterator[Row]:
     """Rows for a checkpoint, and for a judge with damaged weights."""
-    out = work / "checkpoint"
+    seconds = 0.0
 
     def row(compared: str, faults: Sequence[str], figures: object) -> Row:
-        result = f"{'; '.join(['FAILED', *faults]) if faults else 'ok'} ({figures})"
-        return Row(engine.name, engine.environment.version(), checkpoint.name, compared, result, not faults)
+        return _row(engine, checkpoint.name, compared, faults, figures, seconds)
 
     try:
-        checkpoints.convert(source, out, checkpoint)
-        answer = engine.answer(checkpoint, out, checkpoints.prompt_ids(source), work)
-        verdict = reference.judge(out, answer, dynamic=checkpoint.dynamic)
-        how = ", ".join([answer.architecture, answer.dtype, *answer.kernels])
-        yield row(how, [*_otherwise(checkpoint, source, out, answer), *verdict.faults], verdict)
-        if checkpoint.damage is not None:
-            damaged = reference.judge(out, answer, checkpoint.damage, dynamic=checkpoint.dynamic)
-            unnoticed = [] if damaged.faults else ["the comparison did not notice"]
-            what = checkpoint.damage.__name__.replace("_", " ")
-            yield row(f"control: {what}", unnoticed, damaged)
+        answer, seconds = answered.result()
+        begin = time.monotonic()
+        judge = reference.Judge(out, answer, checkpoint.activations)
+        verdict = judge.verdict()
+        faults = [*_otherwise(checkpoint, source, out, answer), *verdict.faults]
+        seconds += time.monotonic() - begin
+        yield row(", ".join([answer.architecture, answer.dtype, *answer.kernels]), faults, verdict)
+        begin = time.monotonic()
+        damaged = judge.verdict(checkpoint.damage)
+        seconds = time.monotonic() - begin
+        unnoticed = [] if damaged.faults else ["the comparison did not notice"]
+        yield row(f"control: {checkpoint.damage.__name__.replace('_', ' ')}", unnoticed, damaged)
     except (ConversionFailed, EngineFailed, GlmquantError) as error:
         yield row("-", [str(error)], "nothing to compare")
     finally:
@@ -149,7 +176,8 @@ def _try(engine: Engine, checkpoint: Checkpoint, source: Path, work: Path) -> It
 
 def _serve(engine: VllmCpu, source: Path, work: Path) -> Iterator[Row]:
     """A row for ``vllm serve``, with a group size that two GPUs would admit."""
-    out = work / "checkpoint"
+    out, begin = work / "checkpoint", time.monotonic()
+    _say(f"{engine.name}, {SERVED}: glmquant convert --group-size 64")
     try:
         checkpoints.convert(source, out, Checkpoint(SERVED, ("--group-size", "64"), "auto", "-"))
         faults, figures = served.compare(out, engine.environment, checkpoints.prompt_ids(source), work)
@@ -157,9 +185,27 @@ def _serve(engine: VllmCpu, source: Path, work: Path) -> Iterator[Row]:
         faults, figures = [str(error)], "nothing to compare"
     finally:
         rmtree(out, ignore_errors=True)
+    yield _row(engine, SERVED, "vllm serve, glmquant.load", faults, figures, time.monotonic() - begin)
+
+
+def _read(engine: GptqModel, chosen: Sequence[Checkpoint], source: Path, work: Path) -> Iterator[Row]:
+    """Rows for layers that are read and not run."""
+    begin = time.monotonic()
+    try:
+        for name, faults, figures in engine.compare(chosen, source, work):
+            yield _row(
+                engine, name, "TorchLinear.dequantize_weight", faults, figures, time.monotonic() - begin
+            )
+            begin = time.monotonic()
+    except (ConversionFailed, EngineFailed, GlmquantError) as error:
+        yield _row(engine, "-", "-", [str(error)], "nothing to compare", time.monotonic() - begin)
+
+
+def _row(
+    engine: AnyEngine, name: str, compared: str, faults: Sequence[str], figures: object, seconds: float
+) -> Row:
     result = f"{'; '.join(['FAILED', *faults]) if faults else 'ok'} ({figures})"
-    version = engine.environment.version()
-    yield Row(engine.name, version, SERVED, "vllm serve, glmquant.load", result, not faults)
+    return Row(engine.name, engine.environment.version(), name, compared, result, not faults, seconds)
 
 
 def _otherwise(checkpoint: Checkpoint, source: Path, out: Path, answer: Answer) -> list[str]:

@@ -18,7 +18,7 @@ from glmquant import Fit, Recipe, families
 from glmquant.checkpoint.source import open_folder
 from glmquant.recipe import Choice
 
-from .damage import Damage, nibbles_swapped, zero_points_off
+from .damage import Damage, pairs_swapped, zero_points_off
 
 NEW_TOKENS = 32
 _CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -50,8 +50,8 @@ class Checkpoint:
         drift: the largest relative error of a weight; 0.1 to 0.15 is usual for four bits, 1.4 is noise.
         shards: at least this many files of weights.
         damage: must be noticed if it is done to the reference; shows that the comparison can fail.
+        activations: the engine rounds activations to 8 bits, with a scale for so many columns; 0: for a whole token.
         recipe: what to do with a source, where `options` cannot say it.
-        dynamic: the engine rounds activations to 8 bits.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Checkpoint:
     architecture: str
     drift: float = 0.2
     shards: int = 1
-    damage: Damage | None = None
+    damage: Damage = pairs_swapped
     recipe: Callable[[Path], Recipe] | None = None
-    dynamic: bool = False
+    activations: int | None = None
 
 
 def for_vllm() -> tuple[Checkpoint, ...]:
@@ -74,13 +74,13 @@ def for_vllm() -> tuple[Checkpoint, ...]:
     # vLLM runs a native `glm` through transformers' classes, and THUDM's names through a class of its own.
     native, original = "TransformersForCausalLM", "ChatGLMForCausalLM"
     gptq = ("--format", "gptq", "--gptq-version")
+    rows = ("--group-size", "row", "--max-shard-size", "100MB")
     asymmetric = ("--group-size", "32", "--asymmetric")
     return (
         Checkpoint("16 bit", ("--bits", "16"), "float32", native, drift=0),
-        Checkpoint("INT4 group 128", (), "auto", native, damage=nibbles_swapped),
+        Checkpoint("INT4 group 128", (), "auto", native),
         Checkpoint("INT4 group 32 asymmetric", asymmetric, "auto", native, damage=zero_points_off),
-        Checkpoint("INT4 per row", ("--group-size", "row"), "auto", native),
-        Checkpoint("INT4 in shards", ("--max-shard-size", "100MB"), "auto", native, shards=3),
+        Checkpoint("INT4 per row, in shards", rows, "auto", native, shards=3),
         Checkpoint("INT4 original layout", ("--layout", "original"), "auto", original),
         Checkpoint("INT4 in four groups, 16 bit", (), "auto", native, recipe=mixed),
         Checkpoint(
@@ -88,10 +88,9 @@ def for_vllm() -> tuple[Checkpoint, ...]:
             ("--format", "gptq", "--group-size", "64"),
             "auto",
             native,
-            damage=nibbles_swapped,
         ),
         Checkpoint("GPTQ v2 original layout", (*gptq, "2", "--layout", "original"), "auto", original),
-        Checkpoint("W8A8", ("--bits", "w8a8"), "auto", native, dynamic=True),
+        Checkpoint("W8A8", ("--bits", "w8a8"), "auto", native, activations=0),
     )
 
 
@@ -101,11 +100,9 @@ def for_llama_cpp() -> tuple[Checkpoint, ...]:
     """
     return (
         Checkpoint("F16", ("--gguf-type", "f16"), "float16", "chatglm", drift=0),
-        Checkpoint(
-            "Q4_0", ("--gguf-type", "q4_0"), "float16", "chatglm", damage=nibbles_swapped, dynamic=True
-        ),
-        Checkpoint("Q4_1", ("--gguf-type", "q4_1"), "float16", "chatglm", dynamic=True),
-        Checkpoint("Q8_0", ("--gguf-type", "q8_0"), "float16", "chatglm", dynamic=True),
+        Checkpoint("Q4_0", ("--gguf-type", "q4_0"), "float16", "chatglm", activations=32),
+        Checkpoint("Q4_1", ("--gguf-type", "q4_1"), "float16", "chatglm", activations=32),
+        Checkpoint("Q8_0", ("--gguf-type", "q8_0"), "float16", "chatglm", activations=32),
     )
 
 

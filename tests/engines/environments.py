@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ class Environment:
         package: the engine, installed without the dependencies it states.
         without: packages that it states and does not need for what is done here.
         besides: packages that it needs and does not state.
+        beside_ours: it finds the packages of this environment as well, torch among them; nothing but `besides` is
+            installed for it, whatever it states.
     """
 
     name: str
@@ -43,11 +46,15 @@ class Environment:
     package: str
     without: tuple[str, ...] = ()
     besides: tuple[str, ...] = ()
+    beside_ours: bool = False
 
     @property
     def folder(self) -> Path:
         """Where it is, or will be."""
-        identity = json.dumps([asdict(self), sys.version_info[:2]], sort_keys=True)
+        settings = asdict(self)
+        if settings.pop("beside_ours"):
+            settings["beside"] = sys.prefix
+        identity = json.dumps([settings, sys.version_info[:2]], sort_keys=True)
         return cache() / f"{self.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     @property
@@ -91,16 +98,22 @@ class Environment:
         held = folder / "held.txt"
         held.write_text("\n".join(self.first) + "\n")
         wheels = folder / "wheels"
-        say(f"  {', '.join(self.first)}")
-        _pip(python, "install", *self.first)
+        if self.first:
+            say(f"  {', '.join(self.first)}")
+            _pip(python, "install", *self.first)
+        if self.beside_ours:
+            places = {name: Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+            site = next((folder / "lib").glob("python*")) / "site-packages"
+            (site / "ours.pth").write_text("".join(f"{place}\n" for place in sorted(set(places.values()))))
         say(f"  {self.package}, without what it depends on")
-        _pip(python, "download", "--only-binary", ":all:", "--no-deps", "--dest", str(wheels), self.package)
+        kind = ["--no-build-isolation"] if self.beside_ours else ["--only-binary", ":all:"]
+        _pip(python, "wheel", *kind, "--no-deps", "--wheel-dir", str(wheels), self.package)
         wheel = next(wheels.glob("*.whl"))
         _pip(python, "install", "--no-deps", str(wheel))
-        needed = [*self._needed(wheel), *self.besides]
-        say(f"  {len(needed)} packages that it needs, and theirs")
+        needed = [*([] if self.beside_ours else self._needed(wheel)), *self.besides]
+        say(f"  {len(needed)} packages that it needs{'' if self.beside_ours else ', and theirs'}")
         if needed:
-            _pip(python, "install", "-c", str(held), *needed)
+            _pip(python, "install", *(["--no-deps"] if self.beside_ours else ["-c", str(held)]), *needed)
         rmtree(wheels)
 
     def _needed(self, wheel: Path) -> Iterator[str]:

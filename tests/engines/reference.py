@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,20 +67,15 @@ class Verdict:
         )
 
 
-def limits(dtype: str, dynamic: bool = False) -> tuple[float, float]:
+def limits(dtype: str) -> tuple[float, float]:
     """The largest gap of logits and the largest mean error of log-probabilities that rounding in `dtype` explains.
 
     The stand-in's highest logits are about 40, where neighbouring numbers are 32 eps apart: 1/4 in bfloat16, 1/32 in
     float16. A gap is the error of two logits, so it may be two such steps; a log-probability is off by less than half
     of one on average. (Measured with vLLM on CPU: gaps of 0.23 and 0.03, mean errors of 0.04 and 0.005.) In float32
     only the order of sums differs, and the judge is no better than the engine: a thousandth.
-
-    Activations that are rounded to 8 bits (`dynamic`) are off by about 1/250 of their size in every matrix, as much as
-    in bfloat16, and once more for its sums; twice its limits are allowed.
     """
     spacing = 32 * torch.finfo(getattr(torch, dtype)).eps
-    if dynamic:
-        spacing = max(spacing, 2 * 32 * torch.finfo(torch.bfloat16).eps)
     return max(2 * spacing, 1e-3), max(spacing / 2, 1e-3)
 
 
@@ -98,61 +94,116 @@ def drift(source: Path, folder: Path) -> float:
     Engine and judge read the same files. Were these wrong, they might agree all the same.
     """
     worst = 0.0
-    for (name, ours), (same, theirs) in zip(_weights(folder), _weights(source), strict=True):
+    for (name, ours), (same, theirs) in zip(weights(folder), weights(source), strict=True):
         assert name == same
         worst = max(worst, ((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)).item())
     return worst
 
 
-def judge(folder: Path, answer: Answer, damage: Damage | None = None, *, dynamic: bool = False) -> Verdict:
-    """Compare what an engine said about the checkpoint in `folder` with what it should say.
+class Judge:
+    """Transformers' model in float32 with the weights of `folder`, whichever layout the checkpoint has.
 
     Args:
         folder: what ``convert`` wrote.
-        answer: of the engine.
-        damage: done to the judge's weights first.
-        dynamic: the engine rounds activations to 8 bits.
+        answer: of the engine that loaded it.
+        activations: where the engine rounds activations to 8 bits: the columns that share a scale, 0 for a whole token;
+            None if it does not.
     """
-    texts = [torch.tensor([*text.prompt, *text.tokens]) for text in answer.continuations]
-    with torch.inference_mode():  # zeros after the shorter texts: nothing before them sees them
-        batch = _load(folder, damage)(pad_sequence(texts, batch_first=True)).logits
-    gaps, margins, errors = [], [], []
-    for text, ids, padded in zip(answer.continuations, texts, batch, strict=True):
-        logits = padded[: len(ids) - 1]
-        theirs = logits.gather(1, ids[1:, None])[:, 0]
-        stated = torch.tensor(text.logprobs)
-        errors.append(((theirs - logits.logsumexp(-1))[-len(stated) :] - stated).abs())
-        steps = slice(len(text.prompt) - 1, None)
-        possible = logits[steps].index_fill(1, torch.tensor(answer.banned, dtype=torch.long), -torch.inf)
-        best, second = possible.topk(2).values.unbind(-1)
-        gaps.append(best - theirs[steps])
-        margins.append(best - second)
-    gap_limit, error_limit = limits(answer.dtype, dynamic)
-    gap, margin = torch.cat(gaps), torch.cat(margins)
-    return Verdict(
-        steps=len(gap),
-        clear=int((margin > gap_limit).sum()),
-        gap=gap.max().item(),
-        gap_limit=gap_limit,
-        error=torch.cat(errors).mean().item(),
-        error_limit=error_limit,
-    )
+
+    def __init__(self, folder: Path, answer: Answer, activations: int | None = None) -> None:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        config = open_folder(folder).config
+        native = families.detect(config).native_config
+        assert native is not None
+        settings = {key: value for key, value in native(config).items() if key != "quantization_config"}
+        self._model = GlmForCausalLM.from_pretrained(
+            None, config=GlmConfig(**settings), state_dict=dict(weights(folder)), dtype=torch.float32
+        ).eval()
+        self._folder, self._answer = folder, answer
+        self._texts = [torch.tensor([*text.prompt, *text.tokens]) for text in answer.continuations]
+        self._limits = self._measured_limits(activations)
+
+    def verdict(self, damage: Damage | None = None) -> Verdict:
+        """Compare what the engine said with what it should say.
+
+        Args:
+            damage: done to the judge's weights first; they stay so.
+        """
+        if damage is not None:
+            parameters = dict(self._model.named_parameters())
+            with torch.inference_mode(False), torch.no_grad():
+                for name, values in weights(self._folder, damage, only_damaged=True):
+                    parameters[name].copy_(values)
+        gaps, margins, errors = [], [], []
+        for text, ids, logits in zip(self._answer.continuations, self._texts, self._logits(), strict=True):
+            theirs = logits.gather(1, ids[1:, None])[:, 0]
+            stated = torch.tensor(text.logprobs)
+            errors.append(((theirs - logits.logsumexp(-1))[-len(stated) :] - stated).abs())
+            steps = slice(len(text.prompt) - 1, None)
+            best, second = self._possible(logits[steps]).topk(2).values.unbind(-1)
+            gaps.append(best - theirs[steps])
+            margins.append(best - second)
+        gap_limit, error_limit = self._limits
+        gap, margin = torch.cat(gaps), torch.cat(margins)
+        return Verdict(
+            steps=len(gap),
+            clear=int((margin > gap_limit).sum()),
+            gap=gap.max().item(),
+            gap_limit=gap_limit,
+            error=torch.cat(errors).mean().item(),
+            error_limit=error_limit,
+        )
+
+    def _logits(self) -> list[Tensor]:
+        """For every text, after each of its tokens but the last."""
+        with torch.inference_mode():  # zeros after the shorter texts: nothing before them sees them
+            batch = self._model(pad_sequence(self._texts, batch_first=True)).logits
+        return [padded[: len(ids) - 1] for ids, padded in zip(self._texts, batch, strict=True)]
+
+    def _possible(self, logits: Tensor) -> Tensor:
+        return logits.index_fill(1, torch.tensor(self._answer.banned, dtype=torch.long), -torch.inf)
+
+    def _measured_limits(self, activations: int | None) -> tuple[float, float]:
+        """`limits`, and what rounding activations to 8 bits adds to them.
+
+        How much that is depends on the weights, so the judge rounds as the engine does, and looks how far its own
+        logits move. The engine's move as far, but not the same way: whatever else it rounds pushes some activations
+        over the edge to the next of 255 steps, and after a few layers the two have little to do with each other. So
+        the margin between the two likeliest tokens may be off by five standard deviations of what it moved here (once
+        in a million steps, if the error were normal), and log-probabilities on average by one and a half times what
+        they moved on average here: no less than both errors together if they are independent.
+        """
+        gap, error = limits(self._answer.dtype)
+        if activations is None:
+            return gap, error
+        exact = self._logits()
+        layers = [module for name, module in self._model.named_modules() if name.endswith("_proj")]
+        hooks = [layer.register_forward_pre_hook(partial(_rounded, activations)) for layer in layers]
+        rounded = self._logits()
+        for hook in hooks:
+            hook.remove()
+        margins, moves = [], []
+        for ids, one, other in zip(self._texts, exact, rounded, strict=True):
+            top = self._possible(one).topk(2).indices
+            margins.append((one - other).gather(1, top).diff(dim=1))
+            chosen = ids[1:, None]
+            moves.append((one.log_softmax(-1) - other.log_softmax(-1)).gather(1, chosen).abs())
+        moved = torch.cat(margins).square().mean().sqrt().item()
+        return gap + 5 * moved, error + 1.5 * torch.cat(moves).mean().item()
 
 
-def _load(folder: Path, damage: Damage | None) -> GlmForCausalLM:
-    """Transformers' model in float32, whichever layout the checkpoint has."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    config = open_folder(folder).config
-    native = families.detect(config).native_config
-    assert native is not None
-    settings = {key: value for key, value in native(config).items() if key != "quantization_config"}
-    return GlmForCausalLM.from_pretrained(
-        None, config=GlmConfig(**settings), state_dict=dict(_weights(folder, damage)), dtype=torch.float32
-    ).eval()
+def _rounded(columns: int, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Activations on a symmetric grid of 8 bits, with a scale for every `columns` of a token, or for all of them."""
+    (whole,) = inputs
+    blocks = whole.unflatten(-1, (-1, columns or whole.shape[-1]))
+    step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return ((blocks / step).round().mul(step).flatten(-2),)
 
 
-def _weights(folder: Path, damage: Damage | None = None) -> Iterator[tuple[str, Tensor]]:
+def weights(
+    folder: Path, damage: Damage | None = None, *, only_damaged: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint under its native name, in float32, decoded by `glmquant.formats`."""
     source = open_folder(folder)
     family = families.detect(source.config)
@@ -163,10 +214,14 @@ def _weights(folder: Path, damage: Damage | None = None) -> Iterator[tuple[str, 
         if not spec.native:
             continue
         weight = quantized.get(spec.name)
+        stored = None
         if weight is None:
             whole = source.read(spec.name).float()
         else:
-            tensor = formats.read_rows(source, fmt, weight, 0, weight.shape[0])
-            whole = (damage(weight.name, tensor) if damage else tensor).dequantize()
+            stored = formats.read_rows(source, fmt, weight, 0, weight.shape[0])
+            whole = stored.dequantize()
+        damaged = damage(spec.name, stored, whole) if damage else whole
+        if only_damaged and damaged is whole:
+            continue
         for part in spec.native:
-            yield part.name, whole[part.start : part.stop]
+            yield part.name, damaged[part.start : part.stop]

@@ -19,11 +19,16 @@ def quantized(model: Any) -> dict[str, Any]:
         method = getattr(module, "quant_method", None)
         for name in ("weight_packed", "qweight", "weight"):
             weight = getattr(module, name, None)
-            if weight is None or weight.dtype.is_floating_point:
-                continue
             scheme = getattr(module, "scheme", None)
-            kernels.add(type(getattr(scheme, "kernel", scheme) or method).__name__)
-            packed += weight.nbytes
+            kernel = getattr(scheme, "kernel", scheme) or method
+            inside = getattr(kernel, "dnnl_handler", None)  # oneDNN keeps 8-bit weights to itself
+            if weight is None and inside is not None:
+                packed += inside.n * inside.k
+            elif weight is None or weight.dtype.is_floating_point:
+                continue
+            else:
+                packed += weight.nbytes
+            kernels.add(type(kernel).__name__)
             break
     return {"architecture": type(model).__name__, "kernels": sorted(kernels), "packed_bytes": packed}
 
