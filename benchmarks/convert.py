@@ -65,7 +65,7 @@ def main() -> None:
             "--bits", "4", "--group-size", "128", "--method", method,
         ]  # fmt: skip
     if options.llama and synthetic.MODELS[options.model]["torch_dtype"] == "float16":
-        inputs["llama-quantize"] = gguf_writer.write(source, options.folder / f"{name}-f16.gguf")
+        inputs["llama-quantize"] = gguf_writer.write(source, options.folder / f"{name}-f16-gguf")
         commands["llama-quantize"] = [options.llama, str(inputs["llama-quantize"]), str(out), "Q4_0"]
     disk = [_disk(options.folder)]
     trials = _trials(commands, inputs, out, options.trials)

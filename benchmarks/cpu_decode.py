@@ -114,7 +114,7 @@ def _peers(source: Path, options: argparse.Namespace) -> dict[str, Peer]:
         return [*command, str(options.threads), dtype]
 
     def llama(kind: str) -> list[str]:
-        file = gguf_writer.write(source, options.folder / f"{source.name}-{kind.lower()}.gguf", kind)
+        file = gguf_writer.write(source, options.folder / f"{source.name}-{kind.lower()}-gguf", kind)
         worker = Path(__file__).with_name("llama_worker.py")
         return [options.llama, str(worker), str(file), str(options.threads), str(CONTEXT)]
 

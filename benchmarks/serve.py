@@ -239,7 +239,7 @@ def main() -> None:
                        "--port", str(port), "--context", str(CONTEXT), "--max-batch", str(SLOTS)]  # fmt: skip
         else:
             kind = "F16" if options.bits == 16 else "Q4_0"
-            model = gguf_writer.write(options.source, options.folder / f"standin-{kind.lower()}.gguf", kind)
+            model = gguf_writer.write(options.source, options.folder / f"standin-{kind.lower()}-gguf", kind)
             command = [
                 options.peer,
                 "-c",

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 
 import glmquant
 from benchmarks import standin
-from glmquant import Fit, Recipe, families
+from glmquant import Fit, Recipe, UsageError, families
+from glmquant._k_quants import llama_quantize
 from glmquant.checkpoint.source import open_folder
 from glmquant.recipe import Choice
 
@@ -96,14 +97,20 @@ def for_vllm() -> tuple[Checkpoint, ...]:
 
 def for_llama_cpp() -> tuple[Checkpoint, ...]:
     """What llama.cpp is given. It keeps its cache in half and rounds what a quantized matrix is multiplied with to
-    8 bits, in blocks of 32.
+    8 bits, in blocks of 32, or of 256 for K-quants, which are tried where there is a llama-quantize (in a width of
+    1152 it falls back to blocks of 32, so activations are rounded now this way and now that).
     """
-    return (
+    plain = (
         Checkpoint("F16", ("--gguf-type", "f16"), "float16", "chatglm", drift=0),
         Checkpoint("Q4_0", ("--gguf-type", "q4_0"), "float16", "chatglm", activations=32),
         Checkpoint("Q4_1", ("--gguf-type", "q4_1"), "float16", "chatglm", activations=32),
         Checkpoint("Q8_0", ("--gguf-type", "q8_0"), "float16", "chatglm", activations=32),
     )
+    try:
+        llama_quantize("q4_k_m")
+    except UsageError:
+        return plain
+    return (*plain, Checkpoint("Q4_K_M", ("--gguf-type", "q4_k_m"), "float16", "chatglm", activations=128))
 
 
 def mixed(source: Path) -> Recipe:

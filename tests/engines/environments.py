@@ -106,7 +106,7 @@ class Environment:
             site = next((folder / "lib").glob("python*")) / "site-packages"
             (site / "ours.pth").write_text("".join(f"{place}\n" for place in sorted(set(places.values()))))
         say(f"  {self.package}, without what it depends on")
-        kind = ["--no-build-isolation"] if self.beside_ours else ["--only-binary", ":all:"]
+        kind = [] if self.beside_ours else ["--only-binary", ":all:"]
         _pip(python, "wheel", *kind, "--no-deps", "--wheel-dir", str(wheels), self.package)
         wheel = next(wheels.glob("*.whl"))
         _pip(python, "install", "--no-deps", str(wheel))
