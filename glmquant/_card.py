@@ -7,7 +7,6 @@ folder gives the same bytes. Licences are repeated as the source states them, ne
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,13 +15,14 @@ from typing import Any
 import yaml
 
 from . import formats
+from ._command import options
 from ._sidecars import to_json
 from .checkpoint.files import read_json
 from .checkpoint.output import CARD, EVALUATION, REPORT, is_sealed, replace_file, sealed
 from .checkpoint.source import open_folder
 from .errors import SourceError
 from .memory import Model, Workload, estimate
-from .recipe import Recipe, scheme_name, show_size
+from .recipe import scheme_name, show_size
 
 _PAGES = {"hf": "https://huggingface.co/", "ms": "https://modelscope.cn/models/"}
 _LICENCE_FILES = ("MODEL_LICENSE", "LICENSE", "NOTICE")  # the first is that of the weights
@@ -385,43 +385,10 @@ def _provenance(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"Written by glmquant {report['glmquant']} ({versions}):"
     commit = f"@{source['commit']}" if "commit" in source else ""
     where = f"{source['repository']}{commit}" if "repository" in source else str(source.get("name", "SOURCE"))
-    yield from _code("", f"glmquant convert {where} OUT {_options(report)}")
+    yield from _code("", f"glmquant convert {where} OUT {options(report)}")
     yield f"`{REPORT}` has the error of every weight and the hash of every file; `glmquant verify` checks them."
     yield from ("", "| weights | SHA-256 |", "|---|---|")
     for title, files in (("read", source["files"]), ("written", report["files"])):
         for file, entry in files.items():
             if file.endswith((".safetensors", ".bin", ".gguf")):
                 yield f"| {title}: `{file}` | `{entry['sha256']}` |"
-
-
-def _options(report: Mapping[str, Any]) -> str:
-    recipe = report["recipe"]
-    fit = recipe.get("fit")
-    if recipe.get("k_quant"):
-        return " ".join(
-            ["--gguf-type", recipe["k_quant"], *(["--adapter LORA"] if report["source"]["adapter"] else [])]
-        )
-    if fit:
-        options = [f"--fit {fit['budget']} --context {fit['context']} --batch {fit['batch']}"]
-    else:
-        options = [
-            f"--bits w8a{recipe['activations']}" if recipe.get("activations") else f"--bits {recipe['bits']}"
-        ]
-        options += [f"--group-size {recipe['group_size']}"] if recipe["group_size"] is not None else []
-        options += [] if recipe["symmetric"] else ["--asymmetric"]
-    # That of bitsandbytes goes without saying: the command line has no name for it.
-    options += [f"--method {recipe['method']}"] if recipe["method"] not in (None, "bitsandbytes") else []
-    options += [f"--format {recipe['format']} --layout {recipe['layout']}"]
-    options += [
-        f"--{key.replace('_', '-')}" for key in ("quantize_head", "quantize_embeddings") if recipe[key]
-    ]
-    options += [f"--gptq-version {recipe['gptq_version']}"] if recipe.get("gptq_version") else []
-    options += ["--double-quant"] if recipe.get("double_quant") else []
-    calibration = recipe.get("calibration")
-    if calibration:
-        options += [f"--calibration {shlex.quote(calibration['text'])}"] if calibration["text"] else []
-        options += [f"--calibration-windows {calibration['windows']}"]
-    size = recipe.get("max_shard_size", Recipe.max_shard_size)
-    options += [f"--max-shard-size {size}"] if size != Recipe.max_shard_size else []
-    options += ["--adapter LORA"] if report["source"]["adapter"] else []
-    return " ".join(options)

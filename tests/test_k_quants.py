@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,8 @@ def test_only_a_plain_gguf_file_becomes_a_k_quant(
     ):
         with pytest.raises(UsageError, match=r"made of a GGUF file in 16 bit|is not asked for 'q4_0'"):
             glmquant.plan_conversion(source, recipe)
+    with pytest.raises(UsageError, match="decides about every weight of q4_k_m; leave out --method"):
+        glmquant.plan_conversion(source, replace(K, quantize_head=True))
 
 
 @pytest.mark.parametrize("kind", ["q4_k_m", "q6_k"])

@@ -63,6 +63,17 @@ class Gguf(FormatBase):
             raise UsageError("llama.cpp knows no ChatGLM-6B; use --format cpm.")
         if recipe.layout not in (None, "original" if "original" in family.layouts else "native"):
             raise UsageError("--format gguf has names of its own; leave out --layout.")
+        chosen = (
+            recipe.method,
+            recipe.group_size,
+            recipe.quantize_head or None,
+            recipe.quantize_embeddings or None,
+        )
+        if recipe.k_quant is not None and any(chosen):
+            raise UsageError(
+                f"llama-quantize decides about every weight of {recipe.k_quant}; leave out --method, --group-size, "
+                "--quantize-head and --quantize-embeddings."
+            )
         if recipe.bits == 16:
             refuse_quantizing(recipe)
         library()

@@ -26,7 +26,7 @@ from . import checkpoints, reference, served
 from .base import Answer, Engine, EngineFailed
 from .checkpoints import Checkpoint, ConversionFailed
 from .environments import EnvironmentFailed, cache
-from .gptqmodel import GptqModel
+from .gptq_layers import GptqModel
 from .llama_cpp import LlamaCpp
 from .vllm_cpu import VllmCpu
 

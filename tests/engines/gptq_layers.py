@@ -20,7 +20,7 @@ from .base import EngineFailed
 from .checkpoints import Checkpoint
 from .environments import Environment
 
-_WORKER = Path(__file__).with_name("gptqmodel_worker.py")
+_WORKER = Path(__file__).with_name("gptq_layers_worker.py")
 _SECONDS = 300
 _LAYERS = (0, 15, 29)
 _GPTQ = ("--format", "gptq")

@@ -1,4 +1,4 @@
-"""Runs inside gptqmodel's environment: ``python gptqmodel_worker.py JOB``.
+"""Runs inside gptqmodel's environment: ``python gptq_layers_worker.py JOB``.
 
 JOB is a JSON file with ``folders`` and ``layers`` (numbers). In every folder it leaves the weights of these layers as
 gptqmodel reads them: ``read.safetensors``, and ``control.safetensors``, for which it was told the wrong version.
