@@ -45,22 +45,37 @@ def compare(
             raise EngineFailed(f"vllm serve answered {answer.status_code}: {answer.text[:300]}")
         texts = [choice["token_ids"] for choice in sorted(answer.json()["choices"], key=lambda c: c["index"])]
     model = glmquant.load(folder, device="cpu", dtype="float32")
+    clear, faults = _judged(model, prompts, texts)
+    steps = sum(map(len, texts))
+    if clear < steps / 2 or steps != NEW_TOKENS * len(prompts):
+        faults.append("too few steps could be judged")
+    # The control: one layer out of thirty gets its inputs with the two of each pair exchanged.
+    layer = model.get_submodule("model.layers.15.input_layernorm")
+    layer.register_forward_hook(lambda module, inputs, out: out.unflatten(-1, (-1, 2)).flip(-1).flatten(-2))
+    noticed = len(_judged(model, prompts, texts)[1])
+    if not noticed:
+        faults.append("the comparison did not notice a damaged layer")
+    return faults[
+        :3
+    ], f"{clear} of {steps} clear, all of these the same; {noticed} not, once a layer is damaged"
+
+
+def _judged(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+) -> tuple[int, list[str]]:
+    """How many steps are clear, and which of these went another way."""
     gap_limit, _ = limits("bfloat16")
-    clear = steps = 0
-    faults = []
+    clear, faults = 0, []
     for prompt, tokens in zip(prompts, texts, strict=True):
         with torch.inference_mode():
             logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
         best, ids = logits.topk(2)
         for step, token in enumerate(tokens):
-            steps += 1
             if best[step, 0] - best[step, 1] > gap_limit:
                 clear += 1
                 if token != ids[step, 0]:
                     faults.append(f"token {step} is {token}, and {int(ids[step, 0])} is clearly likelier")
-    if clear < steps / 2 or steps != NEW_TOKENS * len(prompts):
-        faults.append("too few steps could be judged")
-    return faults[:3], f"{clear} of {steps} clear, all of these the same"
+    return clear, faults
 
 
 @contextmanager
