@@ -217,6 +217,13 @@ def test_the_real_program(tmp_path: Path, kind: str) -> None:
     errors = [e["relative_error"] for e in load_json(out / "quantization_report.json")["tensors"].values()
               if e["scheme"]]  # fmt: skip
     assert max(errors) < (0.1 if kind == "q4_k_m" else 0.03)
+    glmquant.convert(out, tmp_path / "wide", Recipe(bits=16, layout="native"))
+    with torch.inference_mode():
+        found, expected = (
+            glmquant.load(folder, device="cpu", dtype=torch.float32)(IDS).logits
+            for folder in (out, tmp_path / "wide")
+        )
+    assert (found - expected).norm() / expected.norm() < 2e-3
 
 
 def test_the_real_program_is_looked_for_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
