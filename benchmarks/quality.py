@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -119,6 +120,8 @@ def main() -> None:
                 "summary": summarize(trials),
             }
             options.out.write_text(json.dumps(result, indent=1) + "\n")
+            if options.keep is None:
+                shutil.rmtree(out)
     print(options.out)
 
 
