@@ -21,6 +21,7 @@ from glmquant._convert import plan_conversion
 from glmquant._open import open_source
 from glmquant._sensitivity import Kind
 from glmquant._windows import CALIBRATION_SAMPLE, SAMPLE, read_text
+from glmquant.checkpoint.output import CARD, REPORT
 from glmquant.quantizers import QUANTIZERS, Gptq, LeastSquares
 from glmquant.recipe import CALIBRATED, Calibration
 
@@ -212,6 +213,10 @@ def test_random_tokens_in_place_of_a_text(
         glmquant.convert(models["chatglm2"], tmp_path / method, wanted)
         found[method] = divergence(tmp_path / method, models["chatglm2"], texts[1])
     assert found["gptq"] < found["mse"]
+    report = json.loads((tmp_path / "gptq" / REPORT).read_text())
+    assert report["calibration"] == {"text": "random", "windows": 0, "random_windows": 24, "window": WINDOW}
+    told = "| method | `gptq`, calibrated on random tokens, no text |"
+    assert told in (tmp_path / "gptq" / CARD).read_text()
 
 
 def test_layers_are_given_what_quantized_layers_before_them_compute(
