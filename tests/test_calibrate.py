@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,39 @@ def test_layers_are_given_what_quantized_layers_before_them_compute(
                     part.weight.copy_(rows)
             else:
                 layer.weight.copy_(found[number])
+
+
+@pytest.mark.parametrize("name", ["chatglm2", "chatglm"])
+def test_attention_that_is_computed_once_changes_no_byte(
+    models: dict[str, Path],
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    calls = {"once": 0, "anew": 0}
+    for way in calls:
+
+        def counted(self: Any, block: Any, inside: str, state: Any, way: str = way) -> Any:
+            usual = torch.nn.functional.scaled_dot_product_attention
+
+            def attend(*arguments: Any, **options: Any) -> Any:
+                calls[way] += 1
+                return usual(*arguments, **options)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+                return _input(self, block, inside, state)
+
+        _input = Calibrator._input
+        with monkeypatch.context() as patch:
+            patch.setattr(Calibrator, "_input", counted)
+            if way == "anew":
+                patch.setattr(Calibrator, "_computed_once", lambda self, module: nullcontext())
+            glmquant.convert(models[name], tmp_path / way, recipe(name, "gptq", texts[0]), device="cpu")
+    once, anew = ((tmp_path / way / "model.safetensors").read_bytes() for way in calls)
+    assert once == anew
+    assert calls["anew"] == 1.5 * calls["once"]  # for what the output, gate and up, and down are given
 
 
 def test_what_stays_as_it_is_is_not_calibrated(
