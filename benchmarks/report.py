@@ -120,12 +120,12 @@ def _stream(result: Result, plot: Path) -> list[str]:
 def _quality(result: Result, plot: Path) -> list[str]:
     """Recipes that were judged on the kind of text that they were calibrated on, and on another."""
     kinds = [kind for kind in ("same kind", "another kind") if kind in result["windows"]]
-    rows = [["", "bits per weight", "seconds", "peak MiB"]]
+    rows = [["", "bits per weight", "CPU seconds", "peak MiB"]]
     for kind in kinds:
         rows[0] += [f"{what}, {kind} of text" for what in ("KLD", "perplexity, x", "same top token")]
     figure, axes = _figure()
     for trial in result["trials"]:
-        cost = [trial.get("seconds"), trial.get("peak_anonymous_mib")]
+        cost = [trial.get("cpu_seconds"), trial.get("peak_anonymous_mib")]
         cells = [f"{trial['linear_bits']:.2f}", *("" if found is None else f"{found:.0f}" for found in cost)]
         for kind in kinds:
             found = trial[kind]

@@ -6,8 +6,7 @@ inputs that it will get. (To correct every layer towards the original's output, 
 took twice the time and made things worse, on text of another kind much worse.)
 
 At any time memory holds one block, the text's activations before and behind its attention, and the second moments of
-one layer's inputs. After each
-block what has been found is written to a folder, from which a later run goes on.
+one layer's inputs. After each block what has been found is written to a folder, from which a later run goes on.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_quality_has_standard_errors(tmp_path: Path) -> None:
     judged = {
         "kl_mean": figure(0.4341, 0.01), "perplexity_ratio": figure(1.6111, 0.02), "top1_agreement": figure(0.646)
     }  # fmt: skip
-    trial = {"recipe": "INT4, g32", "linear_bits": 4.5, "seconds": 2.4, "peak_anonymous_mib": 169}
+    trial = {"recipe": "INT4, g32", "linear_bits": 4.5, "cpu_seconds": 2.4, "peak_anonymous_mib": 169}
     peer = {"recipe": "a peer", "linear_bits": 4.5}
     result = {
         "benchmark": "quality", "summary": {"mse / rtn": 0.7}, "windows": {"same kind": [6, 512, "0123"]},
