@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import test_decoding_native as decoding
 import torch
 from helpers_formats import random_weight
 from torch import Tensor
@@ -210,3 +211,8 @@ def test_processors_with_fewer_instructions(
             assert_within(short, x.half(), weight, 1 / 254)
     test_a_16_bit_weight(torch.float16)
     test_a_16_bit_weight(torch.bfloat16)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        decoding.test_norm(257, dtype)
+        decoding.test_silu(3, 37, dtype)
+        decoding.test_positions(3, 1, 16, 16, dtype)
+        decoding.test_attention(255, dtype)

@@ -24,23 +24,18 @@ def random(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-@pytest.fixture
-def both(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple[Any, Any]]:
+def both(compute: Callable[[], Any]) -> tuple[Any, Any]:
     """Compute something with the kernels, then with PyTorch."""
-
-    def run(compute: Callable[[], Any]) -> tuple[Any, Any]:
-        assert ops._native(torch.empty(0))
-        found = compute()
-        with monkeypatch.context() as patch:
-            patch.setattr(ops, "_native", lambda tensor: False)
-            return found, compute()
-
-    return run
+    assert ops._native(torch.empty(0))
+    found = compute()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_native", lambda tensor: False)
+        return found, compute()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 7, 96, 257, 4096])
-def test_norm(both: Any, columns: int, dtype: torch.dtype) -> None:
+def test_norm(columns: int, dtype: torch.dtype) -> None:
     def compute() -> tuple[Tensor, Tensor]:
         x = random(3, columns, dtype=dtype)
         return ops.rms_norm(x, random(columns, dtype=dtype), 1e-5, random(3, columns, dtype=dtype) * 2), x
@@ -56,12 +51,12 @@ def test_norm(both: Any, columns: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 37), (2, 256), (1, 13696), (4, 1100)])
-def test_silu(both: Any, rows: int, columns: int, dtype: torch.dtype) -> None:
+def test_silu(rows: int, columns: int, dtype: torch.dtype) -> None:
     found, expected = both(lambda: ops.silu_product(random(rows, 2 * columns, dtype=dtype) * 4))
     torch.testing.assert_close(found, expected, rtol=2 * STEP[dtype], atol=1e-6)
 
 
-def test_silu_of_extremes(both: Any) -> None:
+def test_silu_of_extremes() -> None:
     gate = torch.tensor(
         [-3e38, -200.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 200.0, 3e38, float("inf"), float("nan")]
     )
@@ -73,7 +68,7 @@ def test_silu_of_extremes(both: Any) -> None:
 @pytest.mark.parametrize(
     ("heads", "groups", "width", "rotary"), [(4, 2, 32, 16), (3, 1, 16, 16), (4, 4, 8, 4), (32, 2, 128, 64)]
 )
-def test_positions(both: Any, heads: int, groups: int, width: int, rotary: int, dtype: torch.dtype) -> None:
+def test_positions(heads: int, groups: int, width: int, rotary: int, dtype: torch.dtype) -> None:
     angles = random(2, rotary // 2, dtype=torch.float32) * 3
     cos, sin = (torch.cat((t, t), -1).to(dtype) for t in (angles.cos(), angles.sin()))
 
