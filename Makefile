@@ -25,7 +25,7 @@ format: $(READY)  ## put the code in order
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## measure converting, running and quality, then render the report; needs 40 GB of disk and half an hour
+bench: $(READY)  ## measure converting, running and quality, then render the report; needs 40 GB of disk and some hours
 	$(BIN)/python -m benchmarks.convert
 	$(BIN)/python -m benchmarks.runtimes
 	$(BIN)/python -m benchmarks.quality

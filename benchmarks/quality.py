@@ -7,10 +7,11 @@ billion parameters. Its hidden size is 576, which groups of 128 do not divide.
 Calibrated methods read the first half of TEXT. Everything is judged on the second half, and on OTHER, a text of another
 kind of which nothing was seen, by what `glmquant eval` measures.
 
-    python -m benchmarks.quality --text TEXT [--other OTHER] [--source DIR] [--windows N] [--only ROW]... [--out FILE]
+    python -m benchmarks.quality [--text TEXT] [--other OTHER] [--source DIR] [--windows N] [--only ROW]... [--out FILE]
 
-Rows that OUT holds already, measured on the same windows, are kept: a slow machine may do them one by one. Prints a
-line for each row; the last line is the name of the JSON file.
+TEXT is the bundled sample of WikiText-2 unless another is given. Rows that OUT holds already, measured on the same
+windows, are kept: a slow machine may do them one by one. Peers that are not installed are left out. Prints a line for
+each row; the last line is the name of the JSON file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,13 +74,13 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--source", type=Path, help="a stand-in that is there already")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--other", type=Path)
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, on which every row is judged")
     parser.add_argument("--only", action="append", help="a row; * stands for anything")
     parser.add_argument("--keep", type=Path, help="a folder for what was converted, to go on from")
     parser.add_argument("--convert-only", action="store_true", help="into --keep, and judge another time")
-    parser.add_argument("--out", type=Path, default=RESULTS / "quality-standin.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="glmquant-quality-") as folder:
         root = Path(folder)
@@ -99,7 +101,11 @@ def main() -> None:
             if noted.exists():
                 cost = json.loads(noted.read_text())
             elif name in PEERS:
-                quality_peers.write(name, source, out)
+                try:
+                    quality_peers.write(name, source, out)
+                except ImportError as error:
+                    print(f"{name} is left out: {error}", file=sys.stderr)
+                    continue
                 cost = {"linear_bits": PEERS[name][0]}
             elif name in MIXED:
                 cost = _mixed(source, out, *MIXED[name], seen)
@@ -119,6 +125,8 @@ def main() -> None:
                 "summary": summarize(trials),
             }
             options.out.write_text(json.dumps(result, indent=1) + "\n")
+            if options.keep is None:
+                shutil.rmtree(out)
     print(options.out)
 
 

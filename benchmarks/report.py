@@ -118,53 +118,37 @@ def _stream(result: Result, plot: Path) -> list[str]:
 
 
 def _quality(result: Result, plot: Path) -> list[str]:
-    if "same kind" in result["trials"][0]:
-        return _two_texts(result)
-    rows = [["", "bits per weight", "KL divergence, nats", "99 % below", "perplexity, x", "same top token"]]
+    """Recipes that were judged on the kind of text that they were calibrated on, and on another."""
+    kinds = [kind for kind in ("same kind", "another kind") if kind in result["windows"]]
+    rows = [["", "bits per weight", "CPU seconds", "peak MiB"]]
+    for kind in kinds:
+        rows[0] += [f"{what}, {kind} of text" for what in ("KLD", "perplexity, x", "same top token")]
     figure, axes = _figure()
     for trial in result["trials"]:
-        kl, top = trial["kl_mean"], trial["top1_agreement"]
-        cells = [f"{trial['bits_per_weight']:.2f}", _with_error(kl), _with_error(trial["kl_p99"])]
-        cells += [_with_error(trial["perplexity_ratio"], 4), f"{100 * top['value']:.1f} %"]
+        cost = [trial.get("cpu_seconds"), trial.get("peak_anonymous_mib")]
+        cells = [f"{trial['linear_bits']:.2f}", *("" if found is None else f"{found:.0f}" for found in cost)]
+        for kind in kinds:
+            found = trial[kind]
+            cells += [_with_error(found["kl_mean"]), _with_error(found["perplexity_ratio"], 4)]
+            cells.append(f"{100 * found['top1_agreement']['value']:.1f} %")
         rows.append([trial["recipe"], *cells])
+        kl = trial["same kind"]["kl_mean"]
         axes.errorbar(
-            trial["bits_per_weight"], kl["value"], yerr=kl["error"], fmt="o", capsize=3, label=trial["recipe"]
+            trial["linear_bits"], kl["value"], yerr=kl["error"], fmt="o", capsize=3, label=trial["recipe"]
         )
-    axes.set_xlabel("bits per weight of the file")
+    axes.set_xlabel("bits per weight of the linear layers")
     axes.set_ylabel("KL divergence, nats")
     axes.set_yscale("log")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=5, ncols=2)
     _save(figure, plot)
-    first = result["trials"][0]
+    texts = ", ".join(f"{count} of {kind}" for kind, (count, _, _) in result["windows"].items())
+    length = result["windows"]["same kind"][1]
     return [
-        f"{first['windows']} windows of {first['window']} tokens of {first['text']}, {first['predictions']} predicted "
-        f"tokens, computed in {first['dtype']}; with standard errors.",
+        f"Windows of {length} tokens: {texts} of text as what was calibrated on; with standard errors. Bits are those "
+        "of the linear layers, scales included. Peers are judged by the weights that theirs stand for.",
         _markdown(rows),
         *_summary(result, plot),
     ]
-
-
-def _two_texts(result: Result) -> list[str]:
-    """Recipes that were judged on the kind of text that they were calibrated on, and on another."""
-    kinds = ("same kind", "another kind")
-    rows = [
-        [
-            "",
-            "bits per weight",
-            *(f"{what}, {kind} of text" for kind in kinds for what in ("KLD", "perplexity, x")),
-        ]
-    ]
-    for trial in result["trials"]:
-        cells = [f"{trial['linear_bits']:.2f}"]
-        for kind in kinds:
-            found = trial.get(kind)
-            cells += (
-                [_with_error(found["kl_mean"]), _with_error(found["perplexity_ratio"], 4)]
-                if found
-                else ["", ""]
-            )
-        rows.append([trial["recipe"], *cells])
-    return [_markdown(rows)]
 
 
 def _bench(result: Result, plot: Path) -> list[str]:

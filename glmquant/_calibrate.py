@@ -5,15 +5,15 @@ inside of a block the output projection sees quantized q, k and v, and so on: wh
 inputs that it will get. (To correct every layer towards the original's output, as some do, was tried and left out: it
 took twice the time and made things worse, on text of another kind much worse.)
 
-At any time memory holds one block, the text's activations, and the second moments of one layer's inputs. After each
-block what has been found is written to a folder, from which a later run goes on.
+At any time memory holds one block, the text's activations before and behind its attention, and the second moments of
+one layer's inputs. After each block what has been found is written to a folder, from which a later run goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +143,7 @@ class Calibrator:
         self._found: dict[str, QuantizedTensor] = {}
         self._states: list[Tensor] = []
         self._options: dict[str, Any] = {}
+        self._window = 0  # at which the block is
 
     def prepared(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """The tasks, those of linear layers with what they are quantized to. Takes one block at a time."""
@@ -184,13 +185,19 @@ class Calibrator:
 
     def _quantized(self, layer: int) -> dict[str, QuantizedTensor]:
         found: dict[str, QuantizedTensor] = {}
-        with self._model.layer(layer) as block:
+        with self._model.layer(layer) as block, ExitStack() as kept:
+            part = ""
             for specs in self._units[layer]:
+                name = self._checkpoint.parts(specs[0])[0].name.removesuffix(".weight")
+                inside = name.removeprefix(self._model.path(block) + ".")
+                if part and not inside.startswith(part + "."):
+                    # The attention is done: what it gives is computed once, and not for every layer behind it.
+                    kept.enter_context(self._computed_once(block.get_submodule(part)))
+                part = inside.partition(".")[0]
                 if specs[0].name not in self._schemes:
                     continue  # stays as it is
-                name = self._checkpoint.parts(specs[0])[0].name.removesuffix(".weight")
                 self._told(f"calibrating {name}")
-                moments = self._moments(block, name.removeprefix(self._model.path(block) + "."))
+                moments = self._moments(block, inside)
                 for spec in specs:
                     weight = self._checkpoint.source.read(spec.name).to(moments.device)
                     try:
@@ -199,16 +206,39 @@ class Calibrator:
                         raise QuantizationError(f"{spec.name} cannot be converted: {error}.") from None
                     self._put(spec, quantized)
                     found[spec.name] = _on_cpu(quantized)
-            for index, state in enumerate(self._states):
+            for index, state in enumerate(self._windows()):
                 self._states[index] = block(state, **self._options)
             self._model.check(self._states, f"layer {layer}, quantized,")
         return found
+
+    def _windows(self) -> Iterator[Tensor]:
+        """What the block is given, window by window."""
+        for index, state in enumerate(self._states):
+            self._window = index
+            yield state
+
+    @contextmanager
+    def _computed_once(self, module: nn.Module) -> Iterator[None]:
+        """Keep what the attention `module`, whose weights change no more, gives for each window."""
+        usual = module.forward
+        outputs: dict[int, tuple[Tensor, None]] = {}
+
+        def forward(*arguments: Any, **options: Any) -> Any:
+            if self._window not in outputs:  # what comes second, the weights of attention, nobody asks for
+                outputs[self._window] = (usual(*arguments, **options)[0], None)
+            return outputs[self._window]
+
+        module.forward = forward
+        try:
+            yield
+        finally:
+            del module.forward
 
     def _moments(self, block: nn.Module, name: str) -> Tensor:
         """Second moments of what the module `name` of `block` is given, float32 [columns, columns]."""
         sums: Tensor | None = None
         tokens = 0
-        for state in self._states:
+        for state in self._windows():
             x = self._input(block, name, state)
             sums = x.new_zeros(x.shape[1], x.shape[1]) if sums is None else sums
             sums.addmm_(x.t(), x)

@@ -22,7 +22,7 @@ from .checkpoint.output import CARD, EVALUATION, REPORT, is_sealed, replace_file
 from .checkpoint.source import open_folder
 from .errors import SourceError
 from .memory import Model, Workload, estimate
-from .recipe import scheme_name, show_size
+from .recipe import Calibration, scheme_name, show_size
 
 _PAGES = {"hf": "https://huggingface.co/", "ms": "https://modelscope.cn/models/"}
 _LICENCE_FILES = ("MODEL_LICENSE", "LICENSE", "NOTICE")  # the first is that of the weights
@@ -116,13 +116,17 @@ def _lines(
         subject = f"{called}{told}"
     yield f"{subject}, {made}, made with [glmquant](#provenance) {report['glmquant']}."
     yield from ("", "| | |", "|---|---|")
+    calibrated = f", {Calibration(**recipe['calibration'])}" if recipe.get("calibration") else ""
     ends = f"; embeddings {_end(recipe, 'embeddings')}, output head {_end(recipe, 'head')}"
     if recipe.get("k_quant"):
         types = Counter(entry["scheme"] for entry in report["tensors"].values() if entry["scheme"])
         ends = f" ({', '.join(f'{kind} x {count}' for kind, count in sorted(types.items()))})"
     rows = [
         ("weights", f"{scheme}{ends}"),
-        ("method", f"`{recipe['method']}`" if recipe["method"] else report.get("requantized", "none")),
+        (
+            "method",
+            f"`{recipe['method']}`{calibrated}" if recipe["method"] else report.get("requantized", "none"),
+        ),
         ("format", f"`{recipe['format']}`, {recipe['layout']} layout"),
         ("size", f"{show_size(summary['bytes'])}, {summary['bits_per_weight']} bits per weight"),
         ("source", f"{show_size(summary['source_bytes'])}, stored as `{source['stored_as']}`"),

@@ -47,6 +47,7 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_int64, "f": cty
 _SIGNATURES = {
     "glmquant_quantize": ("i", "piqqqiiipqqqfippp"),
     "glmquant_errors": ("", "piqqqppipp"),
+    "glmquant_gptq": ("", "ppppqqpppqffpppp"),
     "glmquant_linear": ("", "piqqpqqipiqppiip"),
     "glmquant_matmul": ("", "piqqpqqipiqppiip"),
     "glmquant_linear_16": ("", "piqqpqpp"),

@@ -132,6 +132,10 @@ class Calibration:
         if self.windows < 1 or self.window < 1:
             raise UsageError("calibration needs at least one window of one token.")
 
+    def __str__(self) -> str:
+        text = "the bundled sample" if self.text is None else Path(self.text).name
+        return f"calibrated on {'random tokens, no text' if self.text == RANDOM else text}"
+
 
 @dataclass(frozen=True)
 class Recipe:

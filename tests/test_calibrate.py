@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from glmquant._convert import plan_conversion
 from glmquant._open import open_source
 from glmquant._sensitivity import Kind
 from glmquant._windows import CALIBRATION_SAMPLE, SAMPLE, read_text
+from glmquant.checkpoint.output import CARD, REPORT
 from glmquant.quantizers import QUANTIZERS, Gptq, LeastSquares
 from glmquant.recipe import CALIBRATED, Calibration
 
@@ -212,6 +214,10 @@ def test_random_tokens_in_place_of_a_text(
         glmquant.convert(models["chatglm2"], tmp_path / method, wanted)
         found[method] = divergence(tmp_path / method, models["chatglm2"], texts[1])
     assert found["gptq"] < found["mse"]
+    report = json.loads((tmp_path / "gptq" / REPORT).read_text())
+    assert report["calibration"] == {"text": "random", "windows": 0, "random_windows": 24, "window": WINDOW}
+    told = "| method | `gptq`, calibrated on random tokens, no text |"
+    assert told in (tmp_path / "gptq" / CARD).read_text()
 
 
 def test_layers_are_given_what_quantized_layers_before_them_compute(
@@ -261,6 +267,32 @@ def test_layers_are_given_what_quantized_layers_before_them_compute(
                     part.weight.copy_(rows)
             else:
                 layer.weight.copy_(found[number])
+
+
+@pytest.mark.parametrize("name", ["chatglm2", "chatglm"])
+def test_attention_that_is_computed_once_changes_no_byte(
+    models: dict[str, Path],
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    calls: list[str] = []
+    usual = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(*arguments: Any, **options: Any) -> Any:
+        calls.append(way)
+        return usual(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    for way in ("once", "anew"):
+        if way == "anew":
+            monkeypatch.setattr(Calibrator, "_computed_once", lambda self, module: nullcontext())
+        glmquant.convert(models[name], tmp_path / way, recipe(name, "gptq", texts[0]), device="cpu")
+    once, anew = ((tmp_path / way / "model.safetensors").read_bytes() for way in ("once", "anew"))
+    assert once == anew
+    # for what the output projection is given, then for gate and up; otherwise for down and for the block too
+    assert calls.count("anew") == 2 * calls.count("once")
 
 
 def test_what_stays_as_it_is_is_not_calibrated(

@@ -136,6 +136,7 @@ def test_the_command_names_the_calibration(tmp_path: Path) -> None:
     (tmp_path / "out" / REPORT).write_text(json.dumps(report))
     text = folder_card(tmp_path / "out").decode()
     assert "--calibration 'my text.txt' --calibration-windows 9" in text
+    assert "| method | `gptq`, calibrated on my text.txt |" in text
 
 
 @pytest.mark.parametrize(

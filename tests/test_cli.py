@@ -171,6 +171,9 @@ def test_dry_run(run: Run, source: Path, tmp_path: Path) -> None:
     )
     assert any(re.match(r"lm_head\.weight +320 x 128 +F16 +F16 +0\.08$", x) for x in lines)
     assert any(re.match(r"reads \S+ MiB, writes \S+ MiB in 1 files$", line) for line in lines)
+    random = ("--method", "gptq", "--calibration", "random", "--dry-run")
+    first = run("convert", source, tmp_path / "out", *random).stdout.splitlines()[0]
+    assert "4 bit, gptq, calibrated on random tokens, no text, compressed-tensors" in first
 
 
 def test_dry_run_tells_the_truth(run: Run, source: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from helpers_weights import WEIGHT_KINDS, random_weight
 from torch import Tensor
 
-from glmquant import QuantizationError, Scheme
+from glmquant import QuantizationError, Scheme, _native
 from glmquant.quantizers import Gptq, Hqq, LeastSquares, Quantizer, RoundToNearest, WeightedLeastSquares
 from glmquant.quantizers.gptq import column_order
 
@@ -103,6 +103,27 @@ def test_searching_scales_with_the_rounding_itself_beats_the_whole_range(scheme:
         for quantizer in (Gptq(), Gptq(ranges=(1.0,), finer=(), refits=0))
     ]
     assert found[0] < found[1]
+
+
+@pytest.mark.skipif(_native.library() is None, reason=f"no kernels: {_native.why_not()}")
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_the_compiled_kernel_gives_the_bytes_of_torch(
+    kind: str, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that fill no vector, a row of zeros, a group too small for an inverse, and inputs that never come."""
+    weight, x = random_weight(kind, 45, 192).float(), inputs(192)
+    weight[3] = 0
+    weight[4, 64:128] *= 1e-42
+    x[:, 64:80] = 0
+    found = Gptq()(weight, scheme, second_moments(x))
+    monkeypatch.setattr(_native, "_loaded", _native._Loaded(None, "a test"))
+    expected = Gptq()(weight, scheme, second_moments(x))
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scale, expected.scale)
+    if expected.zero_point is not None:
+        assert found.zero_point is not None
+        assert torch.equal(found.zero_point, expected.zero_point)
 
 
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)

@@ -85,15 +85,18 @@ def test_quality_has_standard_errors(tmp_path: Path) -> None:
     def figure(value: float, error: float | None = None) -> dict[str, float | None]:
         return {"value": value, "error": error}
 
-    trial = {
-        "recipe": "INT4, g32", "bits_per_weight": 7.94, "kl_mean": figure(0.4341, 0.01), "kl_p99": figure(3.2),
-        "perplexity_ratio": figure(1.6111, 0.02), "top1_agreement": figure(0.646), "windows": 6, "window": 512,
-        "text": "text.txt", "predictions": 3066, "dtype": "float32",
+    judged = {
+        "kl_mean": figure(0.4341, 0.01), "perplexity_ratio": figure(1.6111, 0.02), "top1_agreement": figure(0.646)
     }  # fmt: skip
-    text = rendered(
-        tmp_path, quality={"benchmark": "quality", "trials": [trial], "summary": {"mse / rtn": 0.7}}
-    )
-    assert "| INT4, g32 | 7.94 | 0.434 ± 0.01 | 3.2 | 1.611 ± 0.02 | 64.6 % |" in text
+    trial = {"recipe": "INT4, g32", "linear_bits": 4.5, "cpu_seconds": 2.4, "peak_anonymous_mib": 169}
+    peer = {"recipe": "a peer", "linear_bits": 4.5}
+    result = {
+        "benchmark": "quality", "summary": {"mse / rtn": 0.7}, "windows": {"same kind": [6, 512, "0123"]},
+        "trials": [{**each, "same kind": judged} for each in (trial, peer)],
+    }  # fmt: skip
+    text = rendered(tmp_path, quality=result)
+    assert "| INT4, g32 | 4.50 | 2 | 169 | 0.434 ± 0.01 | 1.611 ± 0.02 | 64.6 % |" in text
+    assert "| a peer | 4.50 |  |  | 0.434 ± 0.01 |" in text
     assert "| mse / rtn | 0.7 |" in text
     assert b"INT4, g32" in (tmp_path / "plots" / "quality.svg").read_bytes()
 

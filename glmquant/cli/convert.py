@@ -248,6 +248,7 @@ def _fit(
 def _print_plan(plan: Plan) -> None:
     recipe = plan.recipe
     method = f", {recipe.method}" if recipe.method else ""
+    method += f", {recipe.calibration}" if recipe.calibration else ""
     click.echo(f"{plan.model}: {recipe.bits} bit{method}, {recipe.format}, {recipe.layout} layout")
     click.echo(f"{'tensor':<58} {'shape':>16}  {'from':<5} {'to':<15} {'MiB':>9}")
     for item in plan.items:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import QuantizationError
 from ..scheme import QuantizedTensor, Scheme
+from . import native
 from .grid import absmax, asymmetric_grid, divided
 from .mse import LeastSquares
 
@@ -124,7 +125,7 @@ class Gptq:
             group = _Group(
                 base, target, factor[start:stop, start:stop].contiguous(), gains[start:stop], scheme
             )
-            grid, found = self._search(group) if given is None else (given, group.round(given))
+            grid, found = self._search(group) if given is None else (given, group.best(given)[1])
             codes[start:stop], errors[start:stop] = found.codes[:, 0], found.errors[:, 0]
             grids.append(grid)
         if given is not None:
@@ -216,31 +217,34 @@ class _Group:
     gains: Tensor
     scheme: Scheme
 
-    def round(self, grid: _Grid) -> _Rounded:
-        """Round to each candidate of `grid`."""
-        columns = len(self.base)
-        size = (columns, *grid.scale.shape)
-        codes, errors = self.base.new_empty(size), self.base.new_empty(size)
-        inverse = torch.where(grid.scale == 0, 0, 1 / grid.scale)
-        lowest, highest = self.scheme.qmin - grid.zero_point, self.scheme.qmax - grid.zero_point
-        loss = torch.zeros_like(grid.scale)
-        flat = errors.view(columns, -1)
-        for i in range(columns):
-            wanted = self.target[i].expand_as(grid.scale)
-            if i:
-                wanted = wanted + torch.mv(flat[:i].t(), self.factor[i, :i]).view_as(grid.scale)
-            torch.mul(wanted, inverse, out=codes[i]).round_()
-            torch.minimum(torch.maximum(codes[i], lowest, out=codes[i]), highest, out=codes[i])
-            value = codes[i] * grid.scale
-            torch.sub(self.base[i], value, out=errors[i])
-            loss.add_(value.sub_(wanted).square_().mul_(self.gains[i]))
-        return _Rounded(codes.add_(grid.zero_point), errors, loss)
-
     def best(self, grid: _Grid) -> tuple[_Grid, _Rounded]:
         """The candidate of `grid` with the least loss in every row, [1, rows], and what comes of it."""
-        found = self.round(grid)
+        tiny = torch.finfo(torch.float32).tiny
+        inverse = torch.where(grid.scale.abs() < tiny, 0, 1 / grid.scale)
+        parts = (grid.scale.contiguous(), inverse.contiguous(), grid.zero_point.contiguous())
+        onward = self.factor.t().contiguous()
+        done = native.rounded_in_turn(self.base, self.target, onward, self.gains, parts, self.scheme)
+        if done is not None:
+            return grid.gather(done[0]), _Rounded(*done[1:])
+        found = self._round(grid, inverse)
         least = found.loss.argmin(0, keepdim=True)
         return grid.gather(least), found.gather(least)
+
+    def _round(self, grid: _Grid, inverse: Tensor) -> _Rounded:
+        """Round to each candidate of `grid`. The compiled kernel takes sums in the same order."""
+        lowest, highest = self.scheme.qmin - grid.zero_point, self.scheme.qmax - grid.zero_point
+        wanted = self.target.unsqueeze(1).repeat(1, len(grid.scale), 1)
+        codes, errors = torch.empty_like(wanted), torch.empty_like(wanted)
+        loss = torch.zeros_like(grid.scale)
+        for i, code in enumerate(codes):
+            torch.mul(wanted[i], inverse, out=code).round_()
+            torch.minimum(torch.maximum(code, lowest, out=code), highest, out=code)
+            value = code * grid.scale
+            torch.sub(self.base[i], value, out=errors[i])
+            loss.add_(value.sub_(wanted[i]).square_().mul_(self.gains[i]))
+            # Two roundings: one operation for both would be free to take one.
+            wanted[i + 1 :].add_(errors[i] * self.factor[i + 1 :, i, None, None])
+        return _Rounded(codes.add_(grid.zero_point), errors, loss)
 
     def candidates(self, ranges: tuple[float, ...]) -> _Grid:
         """Grids for clipping ranges, relative to the whole range of the weights as they are before the group."""

@@ -88,3 +88,40 @@ def squared_sums(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[floa
         None if zero_point is None else zero_point.contiguous().data_ptr(), sums.data_ptr(),
     )  # fmt: skip
     return sums[0].item(), sums[1].item()
+
+
+def rounded_in_turn(
+    base: torch.Tensor,
+    target: torch.Tensor,
+    factor: torch.Tensor,
+    gains: torch.Tensor,
+    grids: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scheme: Scheme,
+) -> tuple[torch.Tensor, ...] | None:
+    """`glmquant.quantizers.gptq`'s inner loop (``kernels/cpu/gptq.cpp``): the best candidate of every row.
+
+    Args:
+        base: weights, float32 [columns, rows], contiguous as all the others.
+        target: what is wanted of them, alike.
+        factor: [columns, columns]; what the error of column i adds to what is wanted of column j is at [i, j].
+        gains: what a squared error counts, [columns].
+        grids: scales, their inverses and zero points, float32 [candidates, rows].
+        scheme: what codes there are.
+
+    Returns:
+        Which it is, int64 [1, rows]; codes and errors [columns, 1, rows]; loss [1, rows]. None where there is no
+        kernel.
+    """
+    library = _native.library()
+    if library is None or base.device.type != "cpu":
+        return None
+    columns, rows = base.shape
+    scale, inverse, zero_point = grids
+    codes, errors = base.new_empty(columns, 1, rows), base.new_empty(columns, 1, rows)
+    loss, chosen = base.new_empty(1, rows), torch.zeros(1, rows, dtype=torch.int64)
+    library.glmquant_gptq(
+        base.data_ptr(), target.data_ptr(), factor.data_ptr(), gains.data_ptr(), columns, rows, scale.data_ptr(),
+        inverse.data_ptr(), zero_point.data_ptr(), len(scale), scheme.qmin, scheme.qmax, codes.data_ptr(),
+        errors.data_ptr(), loss.data_ptr(), chosen.data_ptr(),
+    )  # fmt: skip
+    return chosen, codes, errors, loss
