@@ -54,7 +54,7 @@ _SIGNATURES = {
     "glmquant_dequantize": ("", "pqqiqpiqppi"),
     "glmquant_rms_norm": ("", "pppiqqfp"),
     "glmquant_silu_product": ("", "piqqp"),
-    "glmquant_rotate": ("", "piqqqqppqqpppqq"),
+    "glmquant_rotate": ("", "piqqqqppqqpppqpp"),
     "glmquant_attend": ("", "piqqqqppqpppfp"),
     "glmquant_pack_low_first": ("", "pqp"),
     "glmquant_unpack_low_first": ("", "pqp"),

@@ -8,7 +8,7 @@ one takes a processor longer than a GPU takes to run them. On a CPU it is a fift
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from ..memory_cache import capacity_for, grown
 from ..ops import decoding
 from .arranging import joined
 from .fused import JointGlmAttention
+
+Joint = Callable[[Tensor], Tensor]
 
 
 class DecodeStep:
@@ -86,7 +88,7 @@ class DecodeStep:
             self._first.copy_(mask.shape[1] - mask.sum(-1))
         torch.sub(self._column, self._first, out=self._positions)
         model: Any = self._owner()
-        self._joint = [_joint(layer.self_attn) for layer in model.model.layers]
+        self._joint = joint_projections(model)
 
     def end(self) -> None:
         """The answer is complete. The cache stays, for the next one."""
@@ -135,24 +137,56 @@ class DecodeStep:
 
     def _compute(self, length: int | None) -> Tensor:
         model: Any = self._owner()
-        base = model.model
         self._column.add_(1)
         self._positions.add_(1)
-        hidden = base.embed_tokens(self._tokens[:, None])[:, 0]
-        cos, sin = (t[:, 0] for t in base.rotary_emb(hidden, position_ids=self._positions[:, None]))
-        delta = None
-        for index, layer in enumerate(base.layers):
-            attention = layer.self_attn
+
+        def attend(index: int, qkv: Tensor, cos: Tensor, sin: Tensor, scaling: float) -> Tensor:
             cache = decoding.Cache(self._keys[index], self._values[index], self._first, self._column, length)
-            x = _norm(layer.input_layernorm, hidden, delta)
-            query = decoding.rotate_and_store(
-                _projected(attention, self._joint[index], x), cos, sin, self._heads, cache
-            )
-            delta = attention.o_proj(decoding.attend(query, cache, attention.scaling))
-            x = _norm(layer.post_attention_layernorm, hidden, delta)
-            delta = layer.mlp.down_proj(decoding.silu_product(layer.mlp.gate_up_proj(x)))
-        logits: Tensor = model.lm_head(_norm(base.norm, hidden, delta))
-        return logits
+            query = decoding.rotate_and_store(qkv, cos, sin, self._heads, cache)
+            return decoding.attend(query, cache, scaling)
+
+        return decode(model, self._tokens, self._positions, self._joint, attend)
+
+
+def decode(
+    model: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    joint: Sequence[Joint | None],
+    attend: Callable[[int, Tensor, Tensor, Tensor, float], Tensor],
+) -> Tensor:
+    """The next token of each of some sequences.
+
+    Args:
+        model: one that `why_not` has nothing against.
+        tokens: int64 [rows].
+        positions: int64 [rows].
+        joint: see `joint_projections`; may be empty on a GPU.
+        attend: keeps keys and values and attends to them: the number of a layer, its q, k and v side by side,
+            cosines and sines [rows, rotary], and the scale -> [rows, heads * width].
+
+    Returns:
+        Logits, [rows, vocabulary].
+    """
+    base = model.model
+    hidden = base.embed_tokens(tokens[:, None])[:, 0]
+    cos, sin = (t[:, 0] for t in base.rotary_emb(hidden, position_ids=positions[:, None]))
+    delta = None
+    for index, layer in enumerate(base.layers):
+        attention = layer.self_attn
+        x = _norm(layer.input_layernorm, hidden, delta)
+        qkv = _projected(attention, joint[index] if joint else None, x)
+        delta = attention.o_proj(attend(index, qkv, cos, sin, attention.scaling))
+        x = _norm(layer.post_attention_layernorm, hidden, delta)
+        delta = layer.mlp.down_proj(decoding.silu_product(layer.mlp.gate_up_proj(x)))
+    logits: Tensor = model.lm_head(_norm(base.norm, hidden, delta))
+    return logits
+
+
+def joint_projections(model: Any) -> list[Joint | None]:
+    """For each layer what computes q, k and v at once, on a CPU; it holds their weights."""
+    attentions = (layer.self_attn for layer in model.model.layers)
+    return [a.joint() if isinstance(a, JointGlmAttention) else None for a in attentions]
 
 
 class _PromptLayer(DynamicLayer):
@@ -200,11 +234,7 @@ def _norm(norm: Any, hidden: Tensor, delta: Tensor | None) -> Tensor:
     return decoding.rms_norm(hidden, norm.weight, norm.variance_epsilon, delta)
 
 
-def _joint(attention: Any) -> Callable[[Tensor], Tensor] | None:
-    return attention.joint() if isinstance(attention, JointGlmAttention) else None
-
-
-def _projected(attention: Any, joint: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+def _projected(attention: Any, joint: Joint | None, x: Tensor) -> Tensor:
     """q, k and v side by side, in one product where they are side by side in memory."""
     if joint is not None:
         return joint(x)

@@ -91,7 +91,8 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, cache: C
     """
     rows, (_, groups, capacity, width) = qkv.shape[0], cache.keys.shape
     if cache.length is not None and _native(qkv):
-        return decoding_native.rotate_and_store(qkv, cos, sin, heads, cache, cache.length - 1)
+        columns = cache.column.expand(rows).contiguous()
+        return decoding_native.rotate_and_store(qkv, cos, sin, heads, cache.keys, cache.values, columns)
     if not _kernels(qkv):
         q, k, v = torch.split(qkv.view(rows, -1, width), [heads, groups, groups], dim=1)
         cache.keys.index_copy_(2, cache.column, _rotated(k, cos, sin)[:, :, None])

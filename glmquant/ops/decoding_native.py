@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
 from .._floats import FLOATS
-
-if TYPE_CHECKING:
-    from .decoding import Cache
 
 
 def why_not() -> str | None:
@@ -37,15 +34,38 @@ def silu_product(both: Tensor) -> Tensor:
     return out
 
 
-def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, cache: Cache, column: int) -> Tensor:
-    """See `glmquant.ops.decoding.rotate_and_store`; `column` is that of the cache."""
-    rows, (_, groups, capacity, width) = qkv.shape[0], cache.keys.shape
+def rotate_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    keys: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """Turn queries and keys by their position, and put keys and values into a cache.
+
+    Args:
+        qkv: [rows, (heads + 2 * groups) * width].
+        cos: see `glmquant.ops.decoding.rotate_and_store`.
+        sin: the same.
+        heads: of the queries.
+        keys: [slots, groups, capacity, width], contiguous.
+        values: the same.
+        columns: int64 [rows], where in its slot each row goes.
+        slots: int64 [rows]; None where row i is in slot i.
+
+    Returns:
+        The queries, [rows, heads, width].
+    """
+    rows, (_, groups, capacity, width) = qkv.shape[0], keys.shape
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
     query = qkv.new_empty(rows, heads, width)
     _library().glmquant_rotate(
         qkv.data_ptr(), FLOATS[qkv.dtype], rows, heads, groups, width, cos.data_ptr(), sin.data_ptr(),
-        cos.shape[1], cos.shape[1] // 2, query.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr(),
-        capacity, column,
+        cos.shape[1], cos.shape[1] // 2, query.data_ptr(), keys.data_ptr(), values.data_ptr(), capacity,
+        None if slots is None else slots.data_ptr(), columns.data_ptr(),
     )  # fmt: skip
     return query
 

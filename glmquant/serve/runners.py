@@ -3,8 +3,8 @@
 `SlotRunner` is for the GLM models of transformers. A step is one row of tokens from all requests: one token from each
 that is answering, and a chunk of the prompt from each that is new. All layers but attention treat tokens alike, so
 they see one matrix; attention takes each request by itself, on the keys and values in its slot. On a CPU this is as
-fast as a padded batch with a mask where lengths are equal, many times faster where they are not, and what a request
-gets does not depend on who else is there.
+fast as a padded batch with a mask where lengths are equal, many times faster where they are not. What a request gets
+depends on who else is there by rounding alone (`glmquant.ops.native`: products of nine rows and more round to 8 bits).
 
 `SerialRunner` is for ChatGLM-6B, whose prompts cannot be read in chunks: their tokens see each other both ways.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from ..models import step as one_token
 from ..models.fused import attend_on_cpu
 from ..ops import decoding_native
 
@@ -90,11 +91,20 @@ class SlotRunner:
             for _ in range(2)
         )
         model.set_attn_implementation(_ATTENTION)
+        self._joint = None
+        if (
+            model.device.type == "cpu"
+            and one_token.why_not(model) is None
+            and decoding_native.why_not() is None
+        ):
+            self._joint = one_token.joint_projections(model)
 
     @torch.inference_mode()
     def step(self, pieces: Sequence[Piece]) -> Tensor:
         """See `Runner`."""
         device = self._model.device
+        if self._joint is not None and all(len(piece.ids) == 1 and piece.wanted for piece in pieces):
+            return self._decoded(pieces, self._joint)
         layout = _Layout(pieces, self._keys, self._values, device)
         ids = [row for piece in pieces for row in piece.ids]
         hidden = self._model.model(
@@ -105,6 +115,20 @@ class SlotRunner:
         ).last_hidden_state[0]
         logits: Tensor = self._model.lm_head(hidden[layout.wanted])
         return logits.float()
+
+    def _decoded(self, pieces: Sequence[Piece], joint: Sequence[one_token.Joint | None]) -> Tensor:
+        """A step in which everybody has one token, on a CPU: a fifth of the operations."""
+        slots, columns, tokens = (
+            torch.tensor(row) for row in zip(*((p.slot, p.start, p.ids[0]) for p in pieces), strict=True)
+        )
+        heads = self._model.config.num_attention_heads
+
+        def attend(index: int, qkv: Tensor, cos: Tensor, sin: Tensor, scaling: float) -> Tensor:
+            keys, values = self._keys[index], self._values[index]
+            query = decoding_native.rotate_and_store(qkv, cos, sin, heads, keys, values, columns, slots)
+            return decoding_native.attend(query, keys, values, columns, scaling, slots=slots)
+
+        return one_token.decode(self._model, tokens, columns, joint, attend).float()
 
     def copy(self, source: int, target: int, count: int) -> None:
         """See `Runner`."""

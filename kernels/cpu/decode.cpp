@@ -166,10 +166,12 @@ extern "C" void glmquant_silu_product(const void* both, int dtype, int64_t rows,
 }
 
 // Queries and keys of [rows, (heads + 2 groups) * width] turned by position: queries to `query`, keys and values to
-// column `column` of the cache. cos and sin: [rows, stride], of which the first `pairs` are for the pairs of a head.
+// columns[row] of slots[row] (null: of row). cos and sin: [rows, stride], of which the first `pairs` are for the pairs
+// of a head.
 extern "C" void glmquant_rotate(const void* qkv, int dtype, int64_t rows, int64_t heads, int64_t groups, int64_t width,
                                 const void* cos, const void* sin, int64_t stride, int64_t pairs, void* query,
-                                void* keys, void* values, int64_t capacity, int64_t column) {
+                                void* keys, void* values, int64_t capacity, const int64_t* slots,
+                                const int64_t* columns) {
     const int64_t all = heads + 2 * groups;
     std::vector<float> head(static_cast<size_t>(width)), c(static_cast<size_t>(pairs)), s(static_cast<size_t>(pairs));
     std::vector<float> products[4];
@@ -192,7 +194,8 @@ extern "C" void glmquant_rotate(const void* qkv, int dtype, int64_t rows, int64_
                     head[2 * i + 1] = products[2][i] + products[3][i];
                 }
             }
-            const int64_t at = ((row * groups + group) * capacity + column) * width;
+            const int64_t slot = slots ? slots[row] : row;
+            const int64_t at = ((slot * groups + group) * capacity + columns[row]) * width;
             if (h < heads)
                 narrow(head.data(), width, dtype, (row * heads + h) * width, query);
             else
