@@ -145,10 +145,15 @@ def _row(
     tokens = sum(reply.tokens for reply in there)
     # Rounding may let two likely tokens change places, so an answer that differs is only wrong if it is another's.
     same = sum(reply is not None and reply.text == right.get(n) for n, reply in enumerate(replies))
-    others = [{text for m, text in right.items() if m != n} for n in range(len(replies))]
-    mixed = sum(
-        r is not None and r.text != right.get(n) and r.text in others[n] for n, r in enumerate(replies)
-    )
+    mixed = 0
+    for number, reply in enumerate(replies):
+        if reply is not None and reply.text != right.get(number):
+            for other in (m for m, text in right.items() if m != number and text == reply.text):
+                mixed += 1
+                print(
+                    f"{PROMPTS[number]!r} got what {PROMPTS[other]!r} gets: {reply.text!r}", file=sys.stderr
+                )
+                break
     return Row(
         server, clients, len(replies), round(seconds, 3), tokens, round(tokens / seconds, 2),
         round(statistics.median(firsts), 4), round(max(firsts), 4), round(statistics.median(gaps), 4),
