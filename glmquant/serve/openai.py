@@ -24,7 +24,7 @@ from .streams import streamed, unless_left, whole
 Json = dict[str, Any]
 
 _WHOLE_OR_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
 }
 
 
