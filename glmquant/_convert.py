@@ -14,7 +14,6 @@ from . import _native, formats
 from ._card import folder_card
 from ._flow import SourceShards, in_order
 from ._hashing import BackgroundHasher, sha256
-from ._k_quants import requantize
 from ._open import OpenedSource, PathLike, open_source
 from ._report import build_report, item_entry
 from ._sidecars import sidecar_files, to_json
@@ -153,7 +152,8 @@ def convert(
         if text is not None:
             activations = 4 * text.ids.numel() * plan.dims.hidden
             beside += plan.nbytes + 2 * activations  # old and new ones
-        if plan.recipe.k_quant is not None:
+        last = formats.of(plan.recipe).last_step(plan.recipe)
+        if last is not None:
             beside += plan.nbytes  # more than the second file will take
         _check_room(plan, finished, output.partial, beside)
         # Hashing comes first: it has the second in which torch is loaded to itself.
@@ -170,12 +170,10 @@ def convert(
             files["model.safetensors.index.json"] = index = to_json(_index(plan))
             write_synced(output.partial / "model.safetensors.index.json", index)
         _verify.check_written(output.partial, plan)
-        requantized = None
-        if plan.recipe.k_quant is not None:
-            if progress is not None:
-                progress(plan.source_nbytes, plan.source_nbytes, f"llama-quantize {plan.recipe.k_quant}")
-            requantized = requantize(output.partial, plan.recipe.k_quant, workers or cores())
-        report = build_report(plan, opened, source_files, hashes, files, entries, summary, requantized)
+        if last is not None and progress is not None:
+            progress(plan.source_nbytes, plan.source_nbytes, last.label)
+        rewritten = None if last is None else last.run(output.partial, workers or cores())
+        report = build_report(plan, opened, source_files, hashes, files, entries, summary, rewritten)
         write_synced(output.partial / REPORT, to_json(report))
         write_synced(output.partial / CARD, folder_card(output.partial))
         output.commit()

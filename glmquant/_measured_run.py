@@ -124,12 +124,14 @@ def gpu_process_bytes(device: torch.device) -> int | None:
 
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(uuid))
         used = next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
-    except Exception:
+    except pynvml.NVMLError:
         return None
     return None if used is None else int(used)
 

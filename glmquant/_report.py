@@ -14,8 +14,8 @@ from ._version import __version__
 from .plan import Item, Plan
 
 if TYPE_CHECKING:
-    from ._k_quants import Requantized
     from ._quantize import ItemError
+    from .formats.base import Rewritten
 
 _PACKAGES = ("torch", "safetensors")
 
@@ -40,14 +40,13 @@ def build_report(
     sidecars: Mapping[str, bytes],
     entries: Mapping[str, Any],
     calibration: Mapping[str, Any] | None = None,
-    requantized: Requantized | None = None,
+    rewritten: Rewritten | None = None,
 ) -> dict[str, Any]:
     """Put the report together; `relative_error` is ``||w - w'|| / ||w||`` (Frobenius) throughout."""
     written = {shard.file: {"bytes": shard.nbytes, "sha256": hashes[shard.file]} for shard in plan.shards}
-    if requantized is not None:
-        entries = {**entries, **requantized.entries}
-        (file,) = written
-        written[file] = {"bytes": requantized.nbytes, "sha256": requantized.sha256}
+    if rewritten is not None:
+        entries = {**entries, **rewritten.entries}
+        written[rewritten.file] = {"bytes": rewritten.nbytes, "sha256": rewritten.sha256}
     nbytes = sum(int(str(entry["bytes"])) for entry in written.values())
     quantized = {name: e["relative_error"] for name, e in entries.items() if e["scheme"]}
     weights = sum(_elements(item.shape) for item in plan.items)
@@ -70,7 +69,7 @@ def build_report(
         "model": plan.model,
         "family": plan.family,
         "recipe": plan.recipe.to_json(),
-        **({} if requantized is None else {"requantized": requantized.tool}),
+        **({} if rewritten is None else {"requantized": rewritten.tool}),
         **({} if calibration is None else {"calibration": calibration}),
         "source": {
             "stored_as": opened.stored_as.name,

@@ -199,6 +199,15 @@ def test_models_it_is_not_for() -> None:
     assert "training" in str(step.why_not(model.train()))
 
 
+def test_norms_of_another_dtype_are_left_to_transformers() -> None:
+    """Whatever it makes of them: the kernels would read them as what the rest is."""
+    model = glmquant.load(golden("chatglm3-6b/tiny", "model.safetensors"), device="cpu", dtype="bfloat16")
+    model.quantize(4, group_size=32)
+    assert step.why_not(model) is None  # scales and packed weights are no others
+    model.model.layers[1].input_layernorm.float()
+    assert step.why_not(model) == "its parameters are of several dtypes"
+
+
 def test_weights_that_change_are_seen(steps: list[int]) -> None:
     model = glmquant.load(golden("chatglm3-6b/tiny", "model.safetensors"), device="cpu", dtype="float32")
     ids = {**prompts(model, 1), **GREEDY, "max_new_tokens": 12}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glmquant.errors import UsageError
 from glmquant.ops import decoding as ops
 from glmquant.ops import decoding_native
 
@@ -129,6 +130,21 @@ def test_as_many_threads_as_you_like() -> None:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_what_would_be_read_wrong_is_refused() -> None:
+    half, single = (random(2, 4, 16, dtype=dtype) for dtype in (torch.float16, torch.float32))
+    with pytest.raises(UsageError, match="of one dtype"):
+        decoding_native.rms_norm(half[0], single[0, 0], 1e-5, None)
+    with pytest.raises(UsageError, match="of one dtype"):
+        decoding_native.rms_norm(half[0], half[0, 0], 1e-5, single[0])
+    keys = random(2, 2, 9, 16, dtype=torch.float16)
+    last, slots = torch.tensor([3, 3]), torch.tensor([0, 1])
+    with pytest.raises(UsageError, match="of one dtype"):
+        decoding_native.attend(single, keys, keys, last, 1.0, slots=slots)
+    for caches in ((keys.transpose(2, 3), keys), (keys, keys.transpose(2, 3))):
+        with pytest.raises(UsageError, match="contiguous"):
+            decoding_native.attend(half, *caches, last, 1.0, slots=slots)
 
 
 def test_attention_of_rows_in_slots() -> None:

@@ -20,9 +20,9 @@ from test_native_load import IDS
 
 import glmquant
 from glmquant import QuantizationError, Recipe, UsageError, VerificationError
-from glmquant._k_quants import PROGRAM, llama_quantize
 from glmquant.checkpoint.source import open_folder
 from glmquant.cli import main
+from glmquant.formats.k_quants import PROGRAM, llama_quantize
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 

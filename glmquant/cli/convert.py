@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .._k_quants import K_TYPES
 from ..errors import UsageError
+from ..formats.k_quants import K_TYPES
 from ..recipe import CALIBRATED, METHODS, Calibration, Fit, Recipe, parse_size, show_size
 from .hub import tell_which
 from .terminal import endpoint_option, json_option, print_rows, progress_bar

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -48,6 +48,38 @@ class Abilities:
     mixed: bool = False
     activations: tuple[int, ...] = ()
     tied_head: bool = False
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A file that another program has put in the place of one that was written.
+
+    Attributes:
+        file: its name.
+        nbytes: its size.
+        sha256: its hash.
+        tool: the program and, where it says so, its build, for the report.
+        entries: what the report says of every weight that is not stored as it was, by name.
+    """
+
+    file: str
+    nbytes: int
+    sha256: str
+    tool: str
+    entries: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """What a format leaves to another program, once everything is written; both files are on the disk meanwhile.
+
+    Attributes:
+        label: for people.
+        run: the folder and a number of threads -> what was done.
+    """
+
+    label: str
+    run: Callable[[Path, int], Rewritten]
 
 
 @dataclass(frozen=True)
@@ -133,6 +165,9 @@ class Format(Protocol):
     def files(self, tensors: Sequence[Sequence[StoredTensor]], model: ModelFacts) -> tuple[ShardLayout, ...]:
         """The files that hold `tensors`; those of one weight come together and stay so."""
 
+    def last_step(self, recipe: Recipe) -> LastStep | None:
+        """What is left to do when the files are whole; None where that is nothing."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -198,6 +233,10 @@ class FormatBase:
     def files(self, tensors: Sequence[Sequence[StoredTensor]], model: ModelFacts) -> tuple[ShardLayout, ...]:
         """See `Format`: safetensors shards, filled in order."""
         return safetensors_shards(tensors, model.recipe.max_shard_size)
+
+    def last_step(self, recipe: Recipe) -> LastStep | None:
+        """See `Format`: nothing."""
+        return None
 
 
 def safetensors_shards(tensors: Sequence[Sequence[StoredTensor]], max_size: int) -> tuple[ShardLayout, ...]:

@@ -7,8 +7,8 @@ A matrix [out, in] is rows of blocks of 32 weights:
     Q8_0   34 bytes   half d, then 32 int8 codes
 
 Scales and codes are our quantizers' own; d may be negative. Norms and biases are float32, as llama.cpp adds them.
-K-quants are llama.cpp's: it makes them of a file in F16 (`glmquant._k_quants`), and they are read as the weights that
-they stand for.
+K-quants are llama.cpp's: it makes them of a file in F16 (`glmquant.formats.k_quants`), and they are read as the
+weights that they stand for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .._k_quants import llama_quantize
 from ..checkpoint.files import GGUF_FILE
 from ..checkpoint.gguf import K_QUANT, GgufLayout, library, preamble
 from ..checkpoint.sink import ShardLayout, StoredTensor
@@ -25,7 +24,8 @@ from ..errors import SourceError, UsageError
 from ..families import Role
 from ..recipe import Recipe
 from ..scheme import QuantizedTensor, Scheme
-from .base import Abilities, FormatBase, ModelFacts, StoredWeight, refuse_quantizing
+from .base import Abilities, FormatBase, LastStep, ModelFacts, StoredWeight, refuse_quantizing
+from .k_quants import llama_quantize, requantize
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +148,13 @@ class Gguf(FormatBase):
         return (
             f"once the file is whole in F16, llama-quantize makes {recipe.k_quant} of it; a plan shows F16.",
         )
+
+    def last_step(self, recipe: Recipe) -> LastStep | None:
+        """See `Format`."""
+        kind = recipe.k_quant
+        if kind is None:
+            return None
+        return LastStep(f"llama-quantize {kind}", lambda folder, threads: requantize(folder, kind, threads))
 
     def quantized(self, config: Mapping[str, Any], family: Family, dims: Dims) -> list[StoredWeight]:
         """See `Format`."""

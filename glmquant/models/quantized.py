@@ -20,6 +20,9 @@ from ..errors import UsageError
 from ..packing import pack_int32, unpack_int32
 from ..scheme import QuantizedTensor, Scheme
 
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_minimum")
+"""Names of the parameters that a packed weight may consist of."""
+
 
 class _QuantizedWeight(nn.Module):
     """A packed weight [rows, columns]; see the module."""
@@ -260,7 +263,5 @@ def check_ids(ids: Tensor, rows: int) -> None:
 
 def packed_names(name: str, layer: _QuantizedWeight) -> list[str]:
     """The parameters of `layer` that stand for the weight called `name` (which ends in ``.weight``)."""
-    suffixes = ["_packed", "_scale"]
-    suffixes += [] if layer.weight_zero_point is None else ["_zero_point"]
-    suffixes += [] if layer.weight_minimum is None else ["_minimum"]
-    return [name + suffix for suffix in suffixes]
+    own = dict(layer.named_parameters(recurse=False))
+    return [name.removesuffix("weight") + part for part in PARTS if part in own]

@@ -22,6 +22,7 @@ from ..memory_cache import capacity_for, grown
 from ..ops import decoding
 from .arranging import joined
 from .fused import JointGlmAttention
+from .quantized import PARTS, QuantizedEmbedding
 
 Joint = Callable[[Tensor], Tensor]
 
@@ -219,6 +220,8 @@ def why_not(model: Any) -> str | None:
         return f"it is for ChatGLM2, ChatGLM3 and GLM-4-9B, and this is {type(model).__name__}"
     if len({parameter.device for parameter in model.parameters()}) != 1 or hasattr(model, "hf_device_map"):
         return "the model is spread over devices"
+    if len(_dtypes(model)) > 1:
+        return "its parameters are of several dtypes"
     if model.training:
         return "the model is in training mode"
     if model.config.hidden_act != "silu":
@@ -228,6 +231,13 @@ def why_not(model: Any) -> str | None:
     if any(not isinstance(layer.self_attn, GlmAttention) for layer in model.model.layers):
         return "its attention has been replaced"
     return None
+
+
+def _dtypes(model: Any) -> set[torch.dtype]:
+    """What it computes in; packed weights and their scales have dtypes of their own."""
+    found = {p.dtype for name, p in model.named_parameters() if not name.endswith(PARTS)}
+    embedding = model.model.embed_tokens
+    return found | ({embedding.dtype} if isinstance(embedding, QuantizedEmbedding) else set())
 
 
 def _norm(norm: Any, hidden: Tensor, delta: Tensor | None) -> Tensor:

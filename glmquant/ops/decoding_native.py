@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _native
 from .._floats import FLOATS
+from ..errors import UsageError
 
 
 def why_not() -> str | None:
@@ -18,6 +19,7 @@ def why_not() -> str | None:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, delta: Tensor | None) -> Tensor:
     """See `glmquant.ops.decoding.rms_norm`; x is contiguous."""
+    _check([x, weight], x if delta is None else delta)
     out = torch.empty_like(x)
     _library().glmquant_rms_norm(
         x.data_ptr(), None if delta is None else delta.contiguous().data_ptr(), weight.data_ptr(), FLOATS[x.dtype],
@@ -60,6 +62,7 @@ def rotate_and_store(
         The queries, [rows, heads, width].
     """
     rows, (_, groups, capacity, width) = qkv.shape[0], keys.shape
+    _check([keys, values], qkv, cos, sin)
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
     query = qkv.new_empty(rows, heads, width)
     _library().glmquant_rotate(
@@ -96,6 +99,7 @@ def attend(
     """
     rows, heads, width = query.shape
     _, groups, capacity, _ = keys.shape
+    _check([keys, values], query)
     query, out = query.contiguous(), query.new_empty(rows, heads * width)
     _library().glmquant_attend(
         query.data_ptr(), FLOATS[query.dtype], rows, heads, groups, width, keys.data_ptr(), values.data_ptr(),
@@ -103,6 +107,16 @@ def attend(
         last.data_ptr(), scale, out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def _check(in_place: list[Tensor], *others: Tensor) -> None:
+    """What would be read as another dtype, or at places that are not there; others are copied where they must be."""
+    if any(not t.is_contiguous() or t.dtype != in_place[0].dtype for t in in_place) or any(
+        other.dtype != in_place[0].dtype for other in others
+    ):
+        raise UsageError(
+            "the kernels for decoding take tensors of one dtype, and caches that are contiguous."
+        )
 
 
 def _library() -> Any:

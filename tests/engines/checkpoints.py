@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 import glmquant
 from benchmarks import standin
 from glmquant import Fit, Recipe, UsageError, families
-from glmquant._k_quants import llama_quantize
 from glmquant.checkpoint.source import open_folder
+from glmquant.formats.k_quants import llama_quantize
 from glmquant.recipe import Choice
 
 from .damage import Damage, pairs_swapped, zero_points_off

@@ -12,36 +12,19 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import QuantizationError, UsageError, VerificationError
+from ..errors import QuantizationError, UsageError, VerificationError
+from .base import Rewritten
 
 if TYPE_CHECKING:
-    from .checkpoint.gguf import GgufSource
+    from ..checkpoint.gguf import GgufSource
 
 K_TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
 PROGRAM = "GLMQUANT_LLAMA_QUANTIZE"
 """The environment variable that names the program where it is not on PATH."""
 _BLOCK_WEIGHTS = 1 << 22
-
-
-@dataclass(frozen=True)
-class Requantized:
-    """What became of the file.
-
-    Attributes:
-        nbytes: its size.
-        sha256: its hash.
-        tool: program and, where it says so, build, for the report.
-        entries: what the report says of every weight that is not stored as it was, by name.
-    """
-
-    nbytes: int
-    sha256: str
-    tool: str
-    entries: dict[str, dict[str, Any]]
 
 
 def llama_quantize(kind: str) -> str:
@@ -64,16 +47,16 @@ def llama_quantize(kind: str) -> str:
     return found
 
 
-def requantize(folder: Path, kind: str, threads: int) -> Requantized:
+def requantize(folder: Path, kind: str, threads: int) -> Rewritten:
     """Replace the GGUF file in `folder` by one of `kind`; ``config.json`` is there and says so already.
 
     Raises:
         QuantizationError: llama-quantize failed; the file is as it was.
         VerificationError: what it wrote is not the same model; the file is as it was.
     """
-    from ._hashing import sha256
-    from .checkpoint.files import GGUF_FILE, WeightFiles
-    from .checkpoint.gguf import GgufSource
+    from .._hashing import sha256
+    from ..checkpoint.files import GGUF_FILE, WeightFiles
+    from ..checkpoint.gguf import GgufSource
 
     plain, fresh = folder / GGUF_FILE, folder / f"{kind}.gguf"
     try:
@@ -86,7 +69,7 @@ def requantize(folder: Path, kind: str, threads: int) -> Requantized:
         fresh.replace(plain)
     finally:
         fresh.unlink(missing_ok=True)
-    return Requantized(plain.stat().st_size, digest, tool, entries)
+    return Rewritten(plain.name, plain.stat().st_size, digest, tool, entries)
 
 
 def _run(program: str, plain: Path, fresh: Path, kind: str, threads: int) -> str:
