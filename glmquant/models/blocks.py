@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..families import Role, TensorSpec
 from .building import Checkpoint, build
-from .loading import check_tied, fill, unmap
+from .loading import check_tied, fill, let_go
 from .placement import Placement
 
 
@@ -120,7 +120,7 @@ class BlockwiseModel:
         yield
         for name in names:
             self._placement.release(name)
-        unmap(self._checkpoint)
+        let_go(self._checkpoint)
 
     def _embed(self, windows: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
         """Embedded windows [1, length, hidden], and what else a layer is given: the same for every window."""

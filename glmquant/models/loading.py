@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import families
 from .._open import PathLike
+from .._workers import return_freed_memory
 from ..checkpoint.source import TensorSource, torch_dtype
 from ..errors import SourceError, UsageError
 from ..families import Part, Role, TensorSpec
@@ -73,15 +74,13 @@ def load(
     with torch.no_grad():
         for spec in checkpoint.present():
             if spec.layer != layer:
-                unmap(
-                    checkpoint
-                )  # pages of the file count as memory of the process as long as they are mapped
+                let_go(checkpoint)
                 layer = spec.layer
             if spec.role is Role.HEAD and checkpoint.dims.tied_head:
                 check_tied(checkpoint, spec)
             else:
                 fill(model, checkpoint, spec, placement)
-    unmap(checkpoint)
+    let_go(checkpoint)
     placement.finish()
     if not placement.spread and checkpoint.family.name != "chatglm":  # whose layers are stored in one
         from .fused import fuse
@@ -90,10 +89,11 @@ def load(
     return model.eval()
 
 
-def unmap(checkpoint: Checkpoint) -> None:
-    """Let go of the files; they are opened again where more is read."""
+def let_go(checkpoint: Checkpoint) -> None:
+    """Unmap the files (they are opened again where more is read) and return freed blocks: both are resident memory."""
     for shard in {info.shard for info in checkpoint.source.infos().values()}:
         checkpoint.source.release(shard)
+    return_freed_memory()
 
 
 def compute_dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
