@@ -56,6 +56,7 @@ _SIGNATURES = {
     "glmquant_silu_product": ("", "piqqp"),
     "glmquant_rotate": ("", "piqqqqppqqpppqpp"),
     "glmquant_attend": ("", "piqqqqppqpppfp"),
+    "glmquant_layers": ("", "ppppp"),
     "glmquant_pack_low_first": ("", "pqp"),
     "glmquant_unpack_low_first": ("", "pqp"),
     "glmquant_pack_high_first": ("", "pqp"),

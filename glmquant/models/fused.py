@@ -115,8 +115,10 @@ class _JointMixin:
 
     _joined: tuple[tuple[int, ...], list[Tensor | None]] | None = None
 
-    def joint(self) -> Callable[[Tensor], Tensor] | None:
-        """What computes q, k and v, [..., in] -> [..., all rows]; None where they are to be computed one by one."""
+    def joint_operands(self) -> list[Tensor | None] | None:
+        """The parameters of q, k and v as one layer's, in the order of `_ORDER`; None where they are not next to each
+        other, or are to be computed one by one.
+        """
         layers = [self._modules[name] for name in _PROJECTIONS]  # type: ignore[attr-defined]
         if torch.compiler.is_compiling() or not _alike(layers):
             return None
@@ -124,16 +126,24 @@ class _JointMixin:
         if self._joined is None or self._joined[0] != places:
             whole = _whole(layers) or {}
             self._joined = places, [whole.get(name) for name in _ORDER[type(layers[0])]]
-        weight, *others = self._joined[1]
-        if weight is None:
+        return None if self._joined[1][0] is None else self._joined[1]
+
+    def joint(self) -> Callable[[Tensor], Tensor] | None:
+        """What computes q, k and v, [..., in] -> [..., all rows]; None where they are to be computed one by one."""
+        operands = self.joint_operands()
+        if operands is None:
             return None
-        if type(layers[0]) is nn.Linear:
-            return functools.partial(functional.linear, weight=weight, bias=others[0])
-        scale, zero_point, bias = others
+        first: Any = self._modules[_PROJECTIONS[0]]  # type: ignore[attr-defined]
+        if type(first) is nn.Linear:
+            weight, bias = operands
+            assert weight is not None
+            return functools.partial(functional.linear, weight=weight, bias=bias)
+        packed, scale, zero_point, bias = operands
+        assert packed is not None
         assert scale is not None
         return functools.partial(
-            ops.linear, weight_packed=weight, weight_scale=scale, weight_zero_point=zero_point, bias=bias,
-            bits=layers[0].scheme.bits,
+            ops.linear, weight_packed=packed, weight_scale=scale, weight_zero_point=zero_point, bias=bias,
+            bits=first.scheme.bits,
         )  # fmt: skip
 
     def forward(

@@ -127,12 +127,12 @@ class RuntimeMixin:
             setattr(parent, name, packed)
         if device is not None:
             self.to(device)  # type: ignore[attr-defined]
-        arrange(self)  # type: ignore[arg-type]
+        _put_side_by_side(self)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[misc]
-        arrange(self)  # type: ignore[arg-type]
+        _put_side_by_side(self)
         return self
 
     def _linear_layers(self) -> list[tuple[nn.Module, str, nn.Linear, str]]:
@@ -159,6 +159,15 @@ class RuntimeMixin:
                 "the 16-bit folder, in less memory."
             )
         return super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+
+def _put_side_by_side(model: Any) -> None:
+    """Weights as they are fastest where they lie now: moved and quantized ones are no longer next to each other."""
+    from .fused import fuse  # imports two models of transformers
+
+    arrange(model)
+    if not hasattr(model, "hf_device_map"):
+        fuse(model)
 
 
 def _fitting_group(columns: int, wanted: int | None) -> int | None:

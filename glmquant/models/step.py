@@ -21,10 +21,17 @@ from .. import ops
 from ..memory_cache import capacity_for, grown
 from ..ops import decoding
 from .arranging import joined
+from .compiled import compiled_layers
 from .fused import JointGlmAttention
 from .quantized import PARTS, QuantizedEmbedding
 
 Joint = Callable[[Tensor], Tensor]
+Layers = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Hidden states [rows, hidden], cosines and sines [rows, rotary] -> the states behind the last layer, and what is still
+to be added to them."""
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+"""Keeps keys and values and attends to them: the number of a layer, its q, k and v side by side, cosines and sines, and
+the scale -> [rows, heads * width]."""
 
 
 class DecodeStep:
@@ -55,9 +62,7 @@ class DecodeStep:
         )
         self._column = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._length, self._longest = 0, columns
-        self._joint: list[
-            Callable[[Tensor], Tensor] | None
-        ] = []  # between `start` and `end`, as they hold weights
+        self._layers: Layers | None = None  # between `start` and `end`, as they hold weights
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
@@ -88,22 +93,22 @@ class DecodeStep:
         else:
             self._first.copy_(mask.shape[1] - mask.sum(-1))
         torch.sub(self._column, self._first, out=self._positions)
-        model: Any = self._owner()
-        self._joint = joint_projections(model)
+        self._layers = self._layers_now()
 
     def end(self) -> None:
         """The answer is complete. The cache stays, for the next one."""
-        self._joint = []
+        self._layers = None
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """The next tokens int64 [rows] -> logits [rows, vocabulary], which the next call overwrites."""
         if self._length == self.capacity:
             self._grow(grown(self.capacity, self._longest))  # seldom, since it is recorded anew
+            self._layers = self._layers_now()
         self._length += 1
         self._tokens.copy_(tokens)
         if self._device.type != "cuda":
-            return self._compute(self._length)
+            return self._compute()
         if self._graph is None:
             self._record()
         assert self._graph is not None
@@ -127,44 +132,48 @@ class DecodeStep:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             for _ in range(2):
-                self._compute(None)
+                self._compute()
                 self._column.copy_(place[0])
                 self._positions.copy_(place[1])
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph):
-            self._logits = self._compute(None)
+            self._logits = self._compute()
         self._graph = graph
 
-    def _compute(self, length: int | None) -> Tensor:
-        model: Any = self._owner()
+    def _compute(self) -> Tensor:
+        assert self._layers is not None
         self._column.add_(1)
         self._positions.add_(1)
+        return decode(self._owner(), self._tokens, self._positions, self._layers)
 
-        def attend(index: int, qkv: Tensor, cos: Tensor, sin: Tensor, scaling: float) -> Tensor:
-            cache = decoding.Cache(self._keys[index], self._values[index], self._first, self._column, length)
-            query = decoding.rotate_and_store(qkv, cos, sin, self._heads, cache)
-            return decoding.attend(query, cache, scaling)
+    def _layers_now(self) -> Layers:
+        model: Any = self._owner()
+        compiled = compiled_layers(model, self._keys.unbind(), self._values.unbind())
+        if compiled is None or compiled.objection(self.rows):
+            return one_by_one(model, joint_projections(model), self._attend)
 
-        return decode(model, self._tokens, self._positions, self._joint, attend)
+        def run(hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            columns = self._column.expand(self.rows).contiguous()
+            return compiled(hidden, cos, sin, columns, first=self._first)
+
+        return run
+
+    def _attend(self, index: int, qkv: Tensor, cos: Tensor, sin: Tensor, scaling: float) -> Tensor:
+        length = None if self._device.type == "cuda" else self._length
+        cache = decoding.Cache(self._keys[index], self._values[index], self._first, self._column, length)
+        query = decoding.rotate_and_store(qkv, cos, sin, self._heads, cache)
+        return decoding.attend(query, cache, scaling)
 
 
-def decode(
-    model: Any,
-    tokens: Tensor,
-    positions: Tensor,
-    joint: Sequence[Joint | None],
-    attend: Callable[[int, Tensor, Tensor, Tensor, float], Tensor],
-) -> Tensor:
+def decode(model: Any, tokens: Tensor, positions: Tensor, layers: Layers) -> Tensor:
     """The next token of each of some sequences.
 
     Args:
         model: one that `why_not` has nothing against.
         tokens: int64 [rows].
         positions: int64 [rows].
-        joint: see `joint_projections`; may be empty on a GPU.
-        attend: keeps keys and values and attends to them: the number of a layer, its q, k and v side by side,
-            cosines and sines [rows, rotary], and the scale -> [rows, heads * width].
+        layers: the model's, and what they attend to.
 
     Returns:
         Logits, [rows, vocabulary].
@@ -172,16 +181,33 @@ def decode(
     base = model.model
     hidden = base.embed_tokens(tokens[:, None])[:, 0]
     cos, sin = (t[:, 0] for t in base.rotary_emb(hidden, position_ids=positions[:, None]))
-    delta = None
-    for index, layer in enumerate(base.layers):
-        attention = layer.self_attn
-        x = _norm(layer.input_layernorm, hidden, delta)
-        qkv = _projected(attention, joint[index] if joint else None, x)
-        delta = attention.o_proj(attend(index, qkv, cos, sin, attention.scaling))
-        x = _norm(layer.post_attention_layernorm, hidden, delta)
-        delta = layer.mlp.down_proj(decoding.silu_product(layer.mlp.gate_up_proj(x)))
+    hidden, delta = layers(hidden, cos, sin)
     logits: Tensor = model.lm_head(_norm(base.norm, hidden, delta))
     return logits
+
+
+def one_by_one(model: Any, joint: Sequence[Joint | None], attend: Attend) -> Layers:
+    """The layers of a model, each as a few launches or calls.
+
+    Args:
+        model: one that `why_not` has nothing against.
+        joint: see `joint_projections`.
+        attend: see `Attend`.
+    """
+
+    def run(hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        delta = None
+        for index, layer in enumerate(model.model.layers):
+            attention = layer.self_attn
+            x = _norm(layer.input_layernorm, hidden, delta)
+            qkv = _projected(attention, joint[index], x)
+            delta = attention.o_proj(attend(index, qkv, cos, sin, attention.scaling))
+            x = _norm(layer.post_attention_layernorm, hidden, delta)
+            delta = layer.mlp.down_proj(decoding.silu_product(layer.mlp.gate_up_proj(x)))
+        assert delta is not None
+        return hidden, delta
+
+    return run
 
 
 def joint_projections(model: Any) -> list[Joint | None]:

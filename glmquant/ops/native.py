@@ -15,8 +15,8 @@ from .._floats import FLOATS
 if TYPE_CHECKING:
     from .choice import Request
 
-# Up to here a weight is read once for every four rows of activations; above, it is unpacked once for all.
-_FEW_ROWS = 8
+FEW_ROWS = 8
+"""Up to here a weight is read once for every four rows of activations; above, it is unpacked once for all."""
 # How many signed bytes stand for an activation, see kernels/cpu/fixed.h: as exact as the dtype itself.
 _PLANES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
 
@@ -34,7 +34,7 @@ def objection(request: Request) -> str | None:
 
 def short_objection(request: Request) -> str | None:
     """Why `linear_short` is not for a request."""
-    if request.rows <= _FEW_ROWS:
+    if request.rows <= FEW_ROWS:
         return f"{request.rows} rows wait for the weight to be read, and not for arithmetic"
     if request.dtype == torch.float32:
         return "float32 activations are to be computed exactly"
@@ -59,6 +59,11 @@ def linear_short(
     return _linear(x, packed, scale, zero_point, bias, bits, 1)
 
 
+def planes(run: object, dtype: torch.dtype) -> int | None:
+    """How many signed bytes stand for an activation in `linear` or `linear_short`; None for anything else."""
+    return 1 if run is linear_short else _PLANES[dtype] if run is linear else None
+
+
 def _linear(
     x: Tensor,
     packed: Tensor,
@@ -75,7 +80,7 @@ def _linear(
     zeros = None if zero_point is None else zero_point.contiguous()
     added = None if bias is None else bias.contiguous()
     y = x.new_empty(rows, packed.shape[0])
-    kernel = library.glmquant_linear if rows <= _FEW_ROWS else library.glmquant_matmul
+    kernel = library.glmquant_linear if rows <= FEW_ROWS else library.glmquant_matmul
     kernel(
         x.data_ptr(), FLOATS[x.dtype], rows, columns, packed.data_ptr(), *packed.shape, bits,
         scale.data_ptr(), FLOATS[scale.dtype], scale.shape[1], None if zeros is None else zeros.data_ptr(),
@@ -94,7 +99,7 @@ def linear_16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     ):
         return None
     rows = x.numel() // max(1, x.shape[-1])
-    if not 0 < rows <= _FEW_ROWS or weight.shape[0] < 4 or not weight.is_contiguous():
+    if not 0 < rows <= FEW_ROWS or weight.shape[0] < 4 or not weight.is_contiguous():
         return None
     if weight.dtype != x.dtype or weight.device.type != "cpu" or (bias is not None and bias.dtype != x.dtype):
         return None

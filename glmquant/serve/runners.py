@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from ..models import step as one_token
+from ..models.compiled import compiled_layers
 from ..models.fused import attend_on_cpu
 from ..ops import decoding_native
 
@@ -91,13 +92,14 @@ class SlotRunner:
             for _ in range(2)
         )
         model.set_attn_implementation(_ATTENTION)
-        self._joint = None
+        self._joint, self._compiled = None, None
         if (
             model.device.type == "cpu"
             and one_token.why_not(model) is None
             and decoding_native.why_not() is None
         ):
             self._joint = one_token.joint_projections(model)
+            self._compiled = compiled_layers(model, self._keys, self._values)
 
     @torch.inference_mode()
     def step(self, pieces: Sequence[Piece]) -> Tensor:
@@ -121,14 +123,21 @@ class SlotRunner:
         slots, columns, tokens = (
             torch.tensor(row) for row in zip(*((p.slot, p.start, p.ids[0]) for p in pieces), strict=True)
         )
-        heads = self._model.config.num_attention_heads
+        compiled, heads = self._compiled, self._model.config.num_attention_heads
+        if compiled is not None and compiled.objection(len(pieces)) is None:
+
+            def layers(hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+                return compiled(hidden, cos, sin, columns, slots=slots)
+
+            return one_token.decode(self._model, tokens, columns, layers).float()
 
         def attend(index: int, qkv: Tensor, cos: Tensor, sin: Tensor, scaling: float) -> Tensor:
             keys, values = self._keys[index], self._values[index]
             query = decoding_native.rotate_and_store(qkv, cos, sin, heads, keys, values, columns, slots)
             return decoding_native.attend(query, keys, values, columns, scaling, slots=slots)
 
-        return one_token.decode(self._model, tokens, columns, joint, attend).float()
+        each = one_token.one_by_one(self._model, joint, attend)
+        return one_token.decode(self._model, tokens, columns, each).float()
 
     def copy(self, source: int, target: int, count: int) -> None:
         """See `Runner`."""
