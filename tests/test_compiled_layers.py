@@ -190,3 +190,40 @@ def test_groups_that_the_kernels_do_not_know(
     assert layers is not None
     assert layers.objection(4) is None
     assert "5 rows" in str(layers.objection(5))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_answer_does_not_depend_on_who_else_is_answered(folders: dict[str, Path], dtype: str) -> None:
+    """To the bit, up to sixteen; prompts are read one by one here."""
+    model = glmquant.load(folders["int4"], device="cpu", dtype=dtype)
+    prompts = [[5 + slot] * (slot + 1) for slot in range(16)]
+    runner = SlotRunner(model, 16, 64, 16)
+
+    def answers(slots: list[int]) -> dict[int, list[Tensor]]:
+        last = {slot: runner.step([Piece(slot, prompts[slot], 0)])[0] for slot in slots}
+        found: dict[int, list[Tensor]] = {slot: [] for slot in slots}
+        for extra in range(5):
+            pieces = [Piece(s, [int(last[s].argmax())], len(prompts[s]) + extra) for s in slots]
+            for slot, logits in zip(slots, runner.step(pieces), strict=True):
+                found[slot].append(logits)
+                last[slot] = logits
+        return found
+
+    together = answers(list(range(16)))
+    for slot in (0, 7, 15):
+        for a, b in zip(answers([slot])[slot], together[slot], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_newcomer_s_prompt_does_not_change_an_answer(folders: dict[str, Path]) -> None:
+    model = glmquant.load(folders["int4"], device="cpu", dtype="float16")
+    runner = SlotRunner(model, 3, 64, 32)
+    for slot in (0, 2):
+        runner.step([Piece(slot, [7, 8, 9], 0)])
+    alone = runner.step([Piece(0, [11], 3)])
+    prompt = Piece(1, list(range(40, 70)), 0)
+    read = runner.step([prompt])
+    mixed = runner.step([Piece(2, [12], 3), prompt, Piece(0, [11], 3)])
+    assert torch.equal(mixed[2:], alone)
+    assert torch.equal(mixed[1:2], read)
+    assert torch.equal(mixed[:1], runner.step([Piece(2, [12], 3)]))

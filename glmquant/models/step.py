@@ -20,6 +20,7 @@ from transformers.models.glm.modeling_glm import GlmAttention, GlmForCausalLM
 from .. import ops
 from ..memory_cache import capacity_for, grown
 from ..ops import decoding
+from ..ops.native import rows_alone
 from .arranging import joined
 from .compiled import compiled_layers
 from .fused import JointGlmAttention
@@ -181,8 +182,9 @@ def decode(model: Any, tokens: Tensor, positions: Tensor, layers: Layers) -> Ten
     base = model.model
     hidden = base.embed_tokens(tokens[:, None])[:, 0]
     cos, sin = (t[:, 0] for t in base.rotary_emb(hidden, position_ids=positions[:, None]))
-    hidden, delta = layers(hidden, cos, sin)
-    logits: Tensor = model.lm_head(_norm(base.norm, hidden, delta))
+    with rows_alone():
+        hidden, delta = layers(hidden, cos, sin)
+        logits: Tensor = model.lm_head(_norm(base.norm, hidden, delta))
     return logits
 
 

@@ -1,6 +1,7 @@
 """All layers of a model for one token of each of some sequences in one call (``kernels/cpu/layers.cpp``).
 
-It computes what `glmquant.ops.linear` and `glmquant.ops.decoding_native` do one after the other, to the same bits.
+It computes what `glmquant.ops.linear` (with `rows_alone`) and `glmquant.ops.decoding_native` do one after the
+other, to the same bits.
 """
 
 from __future__ import annotations
@@ -129,8 +130,10 @@ class CompiledLayers:
         assert library is not None
         assert {hidden.dtype, cos.dtype, sin.dtype} == {self._dtype}
         cos, sin, delta = cos.contiguous(), sin.contiguous(), torch.empty_like(hidden)
+        with native.rows_alone():
+            few = native.few(rows)
         tokens = _Tokens(
-            rows, rows <= native.FEW_ROWS, cos.shape[1], cos.data_ptr(), sin.data_ptr(), _pointer(slots),
+            rows, few, cos.shape[1], cos.data_ptr(), sin.data_ptr(), _pointer(slots),
             _pointer(first), columns.data_ptr(),
         )  # fmt: skip
         library.glmquant_layers(
@@ -158,7 +161,8 @@ class CompiledLayers:
             return None  # in a layout for GPUs, or untidy
         x = torch.empty(rows, product.columns, dtype=self._dtype)
         request = Request.of(x, weight.scale, weight.zero_point, product.bits)
-        planes = native.planes(choose(request).run, self._dtype)
+        with native.rows_alone():
+            planes = native.planes(choose(request).run, self._dtype)
         if planes is None:
             return None
         return _Product(

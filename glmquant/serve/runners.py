@@ -3,8 +3,11 @@
 `SlotRunner` is for the GLM models of transformers. A step is one row of tokens from all requests: one token from each
 that is answering, and a chunk of the prompt from each that is new. All layers but attention treat tokens alike, so
 they see one matrix; attention takes each request by itself, on the keys and values in its slot. On a CPU this is as
-fast as a padded batch with a mask where lengths are equal, many times faster where they are not. What a request gets
-depends on who else is there by rounding alone (`glmquant.ops.native`: products of nine rows and more round to 8 bits).
+fast as a padded batch with a mask where lengths are equal, many times faster where they are not.
+
+On a CPU tokens of answers take a way of their own, that of `generate`: a few calls instead of many operations, with
+the same bits as if each were alone (packed weights, up to 16 requests; beyond, up to the order of sums). What prompts
+are cut into still depends on who else is there, and with it their rounding.
 
 `SerialRunner` is for ChatGLM-6B, whose prompts cannot be read in chunks: their tokens see each other both ways.
 """
@@ -104,9 +107,26 @@ class SlotRunner:
     @torch.inference_mode()
     def step(self, pieces: Sequence[Piece]) -> Tensor:
         """See `Runner`."""
+        if self._joint is None:
+            return self._read(pieces)
+        answering = [len(piece.ids) == 1 and piece.wanted for piece in pieces]
+        single, others = (
+            [p for p, a in zip(pieces, answering, strict=True) if a is kind] for kind in (True, False)
+        )
+        if not others:
+            return self._decoded(single, self._joint)
+        read = self._read(others)
+        if not single:
+            return read
+        order = [a for a, piece in zip(answering, pieces, strict=True) if piece.wanted]
+        logits = read.new_empty(len(order), read.shape[1])
+        logits[torch.tensor(order)] = self._decoded(single, self._joint)
+        logits[~torch.tensor(order)] = read
+        return logits
+
+    def _read(self, pieces: Sequence[Piece]) -> Tensor:
+        """A step through the layers of transformers."""
         device = self._model.device
-        if self._joint is not None and all(len(piece.ids) == 1 and piece.wanted for piece in pieces):
-            return self._decoded(pieces, self._joint)
         layout = _Layout(pieces, self._keys, self._values, device)
         ids = [row for piece in pieces for row in piece.ids]
         hidden = self._model.model(
@@ -119,7 +139,7 @@ class SlotRunner:
         return logits.float()
 
     def _decoded(self, pieces: Sequence[Piece], joint: Sequence[one_token.Joint | None]) -> Tensor:
-        """A step in which everybody has one token, on a CPU: a fifth of the operations."""
+        """A step in which everybody has one token, on a CPU."""
         slots, columns, tokens = (
             torch.tensor(row) for row in zip(*((p.slot, p.start, p.ids[0]) for p in pieces), strict=True)
         )
