@@ -16,7 +16,7 @@ from glmquant.packing import pack_int32
 from glmquant.quantizers import RoundToNearest
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ON_CPU = [i for i in choice.IMPLEMENTATIONS if i.name != "Triton kernel"]
+ON_CPU = [i for i in choice.IMPLEMENTATIONS if i.name not in ("humming-kernels", "Triton kernel")]
 NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 SHAPES = {"square": (64, 64), "odd-rows": (37, 128), "row-only": (24, 136), "one-row": (1, 32)}
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from glmquant import QuantizedTensor, Scheme, ops
 from glmquant.models.arranging import arrange
 from glmquant.models.quantized import QuantizedLinear
-from glmquant.ops import interleaved
+from glmquant.ops import Layout, Weight, interleaved
 from glmquant.ops import triton as on_gpu
-from glmquant.ops.interleaved import Weight
 from glmquant.packing import pack_int32
 from glmquant.quantizers import RoundToNearest
 
@@ -31,7 +30,7 @@ def weight_of(tensor: QuantizedTensor) -> Weight:
 
 
 def interleave(tensor: QuantizedTensor) -> Weight:
-    return ops.interleave(weight_of(tensor), tensor.scheme.bits, tensor.codes.shape[1])
+    return ops.arranged(weight_of(tensor), Layout.INTERLEAVED, tensor.scheme.bits, tensor.codes.shape[1])
 
 
 def activations(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -55,9 +54,9 @@ def assert_product(found: Tensor, x: Tensor, tensor: QuantizedTensor, bias: Tens
 def test_interleaving_is_a_permutation_of_bits(columns: int, bits: int) -> None:
     tensor = quantized(34, columns, Scheme(bits, None, symmetric=False))
     weight, found = weight_of(tensor), interleave(tensor)
-    assert found.interleaved
+    assert found.layout is Layout.INTERLEAVED
     assert found.packed.shape == (34, -(-columns // 64), 2 * bits)
-    back = ops.restore(found, bits, columns)
+    back = ops.arranged(found, Layout.FILE, bits, columns)
     assert torch.equal(back.packed, weight.packed)
     assert torch.equal(back.scale, weight.scale)
     assert back.zero_point is not None
@@ -245,14 +244,15 @@ def test_the_probe_multiplies() -> None:
 def test_the_choice_says_why() -> None:
     weight = interleave(quantized(32, 64, Scheme(4, 32)))
     x = activations(2, 64, torch.float16)
-    request = ops.Request.of(x, weight.scale, None, 4, interleaved=True)
-    assert (request.group_size, request.interleaved) == (32, True)
+    request = ops.Request.of(x, weight.scale, None, 4, Layout.INTERLEAVED)
+    assert (request.group_size, request.layout) == (32, Layout.INTERLEAVED)
     lines = ops.explain(request).splitlines()
-    assert all(line.endswith("because the weight is interleaved, for a GPU") for line in lines[:2])
-    assert lines[2].endswith("because the activations are on cpu")
+    assert all(line.endswith("because the weight is arranged for a GPU") for line in lines[:2])
+    assert "GLMQUANT_HUMMING=1" in lines[2]
+    assert lines[3].endswith("because the activations are on cpu")
     from dataclasses import replace
 
     there = replace(request, device="cuda")
     assert "float32" in str(on_gpu.objection(replace(there, dtype=torch.float32)))
     assert "17 rows" in str(on_gpu.objection(replace(there, rows=17)))
-    assert "not interleaved" in str(on_gpu.objection(replace(there, interleaved=False)))
+    assert "not interleaved" in str(on_gpu.objection(replace(there, layout=Layout.FILE)))

@@ -86,8 +86,8 @@ def _ways(shape: tuple[int, int], device: torch.device, failed: dict[str, str], 
     for name, scheme in SCHEMES.items():
         quantized = QUANTIZERS["rtn"](weight, scheme)
         packed = ops.Weight(pack_int32(quantized.codes, scheme.bits), quantized.scale, quantized.zero_point)
-        if ops.layout_objection(device, shape[0], packed.groups, shape[1]) is None:
-            packed = ops.interleave(packed, scheme.bits, shape[1])
+        layout = ops.best_layout(packed, scheme.bits, shape[1])
+        packed = ops.arranged(packed, layout, scheme.bits, shape[1])
         tables = [t for t in (packed.scale, packed.zero_point) if t is not None]
         size = packed.packed.nbytes + sum(t.nbytes for t in tables)
         weights = [replace(packed, packed=words) for words in timing.copies(packed.packed, nbytes)]
@@ -139,6 +139,6 @@ def _row(way: Way, shape: tuple[int, int], m: int) -> dict[str, Any]:
     }
     if isinstance(way.weights[0], ops.Weight) and not way.name.startswith("thudm"):
         weight, bits = way.weights[0], 8 if "int8" in way.name else 4
-        request = ops.Request.of(x, weight.scale, weight.zero_point, bits, weight.interleaved)
+        request = ops.Request.of(x, weight.scale, weight.zero_point, bits, weight.layout)
         row["chosen"] = choice.choose(request).name
     return row

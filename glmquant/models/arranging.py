@@ -60,7 +60,7 @@ def _layers(attention: Any) -> list[QuantizedLinear] | None:
     first = layers[0]
     alike = all(
         type(layer) is QuantizedLinear
-        and layer.weight_operands.interleaved
+        and layer.weight_operands.layout is ops.Layout.INTERLEAVED
         and layer.scheme == first.scheme
         and (layer.bias is None) == (first.bias is None)
         and not (layer._forward_hooks or layer._forward_pre_hooks)

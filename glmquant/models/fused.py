@@ -60,7 +60,7 @@ def _alike(layers: list[Any]) -> bool:
         return False
     if type(first) is QuantizedLinear and (
         not first.has_kernels
-        or first.weight_operands.interleaved  # for a GPU, where `arranging` has put them side by side
+        or first.weight_operands.layout is not ops.Layout.FILE  # for a GPU: the business of `arranging`
         or any(layer.scheme != first.scheme for layer in layers)
     ):
         return False

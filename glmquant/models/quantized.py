@@ -71,9 +71,8 @@ class _QuantizedWeight(nn.Module):
     @torch.no_grad()
     def quantized_tensor(self) -> QuantizedTensor:
         """The weight with its codes unpacked."""
-        weight, bits, columns = self.weight_operands, self.scheme.bits, self._shape[1]
-        if weight.interleaved:
-            weight = ops.restore(weight, bits, columns)
+        bits, columns = self.scheme.bits, self._shape[1]
+        weight = ops.arranged(self.weight_operands, ops.Layout.FILE, bits, columns)
         codes = unpack_int32(weight.packed, bits, columns)
         zero_point = None if weight.zero_point is None else weight.zero_point.detach()
         minimum = None if self.weight_minimum is None else self.weight_minimum.detach()
@@ -149,15 +148,15 @@ class QuantizedLinear(_QuantizedWeight):
 
     @torch.no_grad()
     def arrange(self) -> None:
-        """Give the weight the layout that is fastest where it lies: that of the file, or for a GPU interleaved."""
+        """Give the weight the layout that is fastest where it lies: that of the file, or one for a GPU."""
         weight, bits = self.weight_operands, self.scheme.bits
         if weight.packed.is_meta or not self.has_kernels:
             return
-        rows, columns = self._shape
-        objection = ops.layout_objection(weight.packed.device, rows, weight.groups, columns)
-        if weight.interleaved == (objection is None):
+        columns = self.in_features
+        layout = ops.best_layout(weight, bits, columns)
+        if weight.layout is layout:
             return
-        weight = (ops.restore if weight.interleaved else ops.interleave)(weight, bits, columns)
+        weight = ops.arranged(weight, layout, bits, columns)
         self.weight_packed = nn.Parameter(weight.packed, requires_grad=False)
         self.weight_scale = nn.Parameter(weight.scale, requires_grad=False)
         if weight.zero_point is not None:

@@ -4,14 +4,15 @@
 right one. How they are computed is decided in one place, `choice`, which can also say why (`explain`).
 """
 
-from .choice import Implementation, Request, choose, explain
-from .interleaved import Weight, interleave, restore
+from .choice import Implementation, Request, best_layout, choose, explain
+from .layouts import arranged
 from .linear import dequantize, linear
 from .native import linear_16
 from .reference import by_tiles, dequantize_levels
 from .triton import layout_objection
+from .weight import Layout, Weight
 
 __all__ = [
-    "Implementation", "Request", "Weight", "by_tiles", "choose", "dequantize", "dequantize_levels", "explain",
-    "interleave", "layout_objection", "linear", "linear_16", "restore",
+    "Implementation", "Layout", "Request", "Weight", "arranged", "best_layout", "by_tiles", "choose", "dequantize",
+    "dequantize_levels", "explain", "layout_objection", "linear", "linear_16",
 ]  # fmt: skip

@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import native, triton
+from . import humming, native, triton
 from .reference import linear_tiled
+from .weight import Layout, Weight, height
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Request:
         group_size: columns that share a scale.
         bits: 4 or 8.
         symmetric: whether there are no zero points.
-        interleaved: whether the weight has the layout of `glmquant.ops.interleaved`.
+        scale_dtype: of the scales.
+        layout: of the weight.
     """
 
     device: str
@@ -39,17 +41,20 @@ class Request:
     group_size: int
     bits: int
     symmetric: bool
-    interleaved: bool = False
+    scale_dtype: torch.dtype
+    layout: Layout = Layout.FILE
 
     @classmethod
     def of(
-        cls, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, interleaved: bool = False
+        cls, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, layout: Layout = Layout.FILE
     ) -> Request:
         """The request that the operands of `glmquant.ops.linear` make."""
         columns = x.shape[-1]
         rows = x.numel() // max(1, columns)
-        group = columns // max(1, scale.shape[0 if interleaved else 1])
-        return cls(x.device.type, x.dtype, rows, columns, group, bits, zero_point is None, interleaved)
+        group = columns // max(1, scale.shape[1 if layout is Layout.FILE else 0])
+        return cls(
+            x.device.type, x.dtype, rows, columns, group, bits, zero_point is None, scale.dtype, layout
+        )
 
 
 class Run(Protocol):
@@ -82,20 +87,21 @@ class Implementation:
     run: Run
 
 
-def _not_interleaved(objection: Callable[[Request], str | None]) -> Callable[[Request], str | None]:
+def _of_files(objection: Callable[[Request], str | None]) -> Callable[[Request], str | None]:
     """For what reads the layout of files alone."""
     return lambda request: (
-        "the weight is interleaved, for a GPU" if request.interleaved else objection(request)
+        objection(request) if request.layout is Layout.FILE else "the weight is arranged for a GPU"
     )
 
 
 IMPLEMENTATIONS: list[Implementation] = [
     Implementation(
         "compiled CPU kernel, 8-bit activations",
-        _not_interleaved(native.short_objection),
+        _of_files(native.short_objection),
         native.linear_short,
     ),
-    Implementation("compiled CPU kernel", _not_interleaved(native.objection), native.linear),
+    Implementation("compiled CPU kernel", _of_files(native.objection), native.linear),
+    Implementation("humming-kernels", humming.objection, humming.linear),
     Implementation("Triton kernel", triton.objection, triton.linear),
     Implementation("PyTorch, tile by tile", lambda request: None, linear_tiled),
 ]
@@ -104,6 +110,15 @@ IMPLEMENTATIONS: list[Implementation] = [
 def choose(request: Request) -> Implementation:
     """The first implementation without an objection."""
     return next(i for i in IMPLEMENTATIONS if i.objection(request) is None)
+
+
+def best_layout(weight: Weight, bits: int, columns: int) -> Layout:
+    """The layout in which a weight [out, columns], whichever it has, is multiplied fastest where it lies."""
+    if humming.layout_objection(weight, bits, columns) is None:
+        return Layout.HUMMING
+    rows = height(weight.packed)
+    objection = triton.layout_objection(weight.packed.device, rows, weight.groups, columns)
+    return Layout.INTERLEAVED if objection is None else Layout.FILE
 
 
 def explain(request: Request) -> str:

@@ -18,42 +18,15 @@ numbers lie in a register. Scales and zero points are transposed, as neighbourin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from ..packing import pack_int32, unpack_int32
+from .weight import Weight
 
 CHUNK = 64
 """Columns in a chunk."""
 
 _BLOCK = 1 << 24  # weights that are rearranged at a time
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A packed weight in either layout, as the operators take it."""
-
-    packed: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-
-    @property
-    def interleaved(self) -> bool:
-        """Whether it has the layout of this module."""
-        return self.packed.dim() == 3
-
-    @property
-    def groups(self) -> int:
-        """In a row."""
-        return self.scale.shape[0 if self.interleaved else 1]
-
-    def rows(self, start: int, stop: int) -> Weight:
-        """Some of its rows."""
-        where = (slice(None), slice(start, stop)) if self.interleaved else (slice(start, stop),)
-        zero_point = None if self.zero_point is None else self.zero_point[where]
-        return Weight(self.packed[start:stop], self.scale[where], zero_point)
 
 
 def interleave(weight: Weight, bits: int, columns: int) -> Weight:

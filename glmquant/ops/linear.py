@@ -7,8 +7,8 @@ point:
     weight_scale       half, bfloat16 or float32 [out, groups]; a group is in/groups adjacent columns
     weight_zero_point  int8 [out, groups] on the signed grid of the codes, or None
 
-They also take the layout of `glmquant.ops.interleaved`, which is for GPUs. They are opaque to torch.compile, so a
-compiled model calls the same kernels as an eager one.
+They also take the layouts of `glmquant.ops.interleaved` and `glmquant.ops.humming`, which are for GPUs. They are opaque
+to torch.compile, so a compiled model calls the same kernels as an eager one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..errors import UsageError
 from .choice import Request, choose
 from .interleaved import CHUNK
 from .reference import dequantize
+from .weight import Layout, height
 
 __all__ = ["dequantize", "linear"]
 
@@ -68,16 +69,16 @@ def _define(bits: int) -> None:
         x: Tensor, weight_packed: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         _check(x, weight_packed, weight_scale, zero_point, bias, bits)
-        request = Request.of(x, weight_scale, zero_point, bits, interleaved=weight_packed.dim() == 3)
+        request = Request.of(x, weight_scale, zero_point, bits, Layout(weight_packed.dim()))
         rows = x.reshape(-1, x.shape[-1])
         y = choose(request).run(rows, weight_packed, weight_scale, zero_point, bias, bits)
-        return y.view(*x.shape[:-1], weight_packed.shape[0])
+        return y.view(*x.shape[:-1], height(weight_packed))
 
     def fake(
         x: Tensor, weight_packed: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         _check(x, weight_packed, weight_scale, zero_point, bias, bits)
-        return x.new_empty((*x.shape[:-1], weight_packed.shape[0]))
+        return x.new_empty((*x.shape[:-1], height(weight_packed)))
 
     torch.library.impl(name, "default", run)
     torch.library.register_fake(name, fake)
@@ -87,26 +88,32 @@ def _check(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int
 ) -> None:
     """What would otherwise be a wrong result, or an access beyond the end in a kernel."""
-    columns, rows = x.shape[-1], packed.shape[0]
+    columns, rows, layout = x.shape[-1], height(packed), Layout(packed.dim())
     others = [t for t in (packed, scale, zero_point, bias) if t is not None and t.device != x.device]
     if others:
         raise UsageError(f"activations on {x.device} do not go with a quantized layer on {others[0].device}.")
     if x.dtype not in _FLOATS:
         raise UsageError(f"a quantized layer takes half, bfloat16 or float32 activations, not {x.dtype}.")
-    interleaved = packed.dim() == 3
-    words = (-(-columns // CHUNK), 2 * bits) if interleaved else (-(-columns * bits // 32),)
-    if packed.dtype != torch.int32 or packed.shape[1:] != words:
+    groups, scales = scale.shape
+    shape: tuple[float, ...]
+    zero_points: tuple[torch.dtype, tuple[int, ...]]
+    if layout is Layout.FILE:
+        scales, groups = groups, scales
+        shape, zero_points = (rows, -(-columns * bits // 32)), (torch.int8, scale.shape)
+    elif layout is Layout.INTERLEAVED:
+        shape, zero_points = (rows, -(-columns // CHUNK), 2 * bits), (torch.int16, scale.shape)
+    else:  # where nothing is filled up
+        shape, zero_points = (columns / 16, rows // 64, 32, bits), (torch.int32, (groups, rows // 8))
+    if packed.dtype != torch.int32 or packed.shape != shape:
         raise UsageError(
             f"activations of width {columns} do not fit a {bits}-bit weight stored as {packed.dtype} "
             f"{list(packed.shape)}."
         )
-    height, groups = reversed(scale.shape) if interleaved else scale.shape
-    if height != rows or columns % max(1, groups) or scale.dtype not in _FLOATS:
+    if scales != rows or columns % max(1, groups) or scale.dtype not in _FLOATS:
         raise UsageError(
             f"scales {list(scale.shape)} of {scale.dtype} do not fit a weight of [{rows}, {columns}]."
         )
-    whole = torch.int16 if interleaved else torch.int8
-    if zero_point is not None and (zero_point.shape != scale.shape or zero_point.dtype != whole):
+    if zero_point is not None and (zero_point.dtype, zero_point.shape) != zero_points:
         raise UsageError(
             f"zero points {list(zero_point.shape)} of {zero_point.dtype} do not fit scales {list(scale.shape)}."
         )

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..packing import unpack_int32
 from . import native, triton
-from .interleaved import Weight, restore
+from .layouts import arranged
+from .weight import Layout, Weight
 
 # Weights in a tile. On a CPU a tile and its temporaries stay in the caches; a GPU wants few, large launches.
 _TILE = {"cpu": 1 << 20}
@@ -30,18 +31,18 @@ def dequantize(
     Equals ``QuantizedTensor.dequantize().to(dtype)`` bit for bit: the product of a code and a scale is rounded once.
 
     Args:
-        packed: int32 [rows, ceil(columns*bits/32)]; or interleaved, and so are the next two.
+        packed: int32 [rows, ceil(columns*bits/32)]; or in another layout, and so are the next two.
         scale: [rows, groups].
         zero_point: int8 [rows, groups] or None.
         bits: 4 or 8.
         columns: width of the weight.
         dtype: of the result.
     """
-    if packed.dim() == 3:
-        if triton.why_not(packed.device) is None:
-            return triton.dequantize(packed, scale, zero_point, bits, columns, dtype)
-        weight = restore(Weight(packed, scale, zero_point), bits, columns)
-        packed, scale, zero_point = weight.packed, weight.scale, weight.zero_point
+    weight = Weight(packed, scale, zero_point)
+    if weight.layout is Layout.INTERLEAVED and triton.why_not(packed.device) is None:
+        return triton.dequantize(packed, scale, zero_point, bits, columns, dtype)
+    weight = arranged(weight, Layout.FILE, bits, columns)
+    packed, scale, zero_point = weight.packed, weight.scale, weight.zero_point
     compiled = native.dequantize(packed, scale, zero_point, bits, columns, dtype)
     return _dequantize(packed, scale, zero_point, bits, columns, dtype) if compiled is None else compiled
 
@@ -65,12 +66,14 @@ def linear_tiled(
 ) -> Tensor:
     """`glmquant.ops.linear` for x [rows, in]."""
     weight = Weight(packed, scale, zero_point)
+    if weight.layout is Layout.HUMMING:  # whose rows do not lie together
+        weight = arranged(weight, Layout.FILE, bits, x.shape[1])
 
     def tile(start: int, stop: int) -> Tensor:
-        rows = weight.rows(start, stop)
-        return dequantize(rows.packed, rows.scale, rows.zero_point, bits, x.shape[1], x.dtype)
+        part = weight.rows(start, stop)
+        return dequantize(part.packed, part.scale, part.zero_point, bits, x.shape[1], x.dtype)
 
-    return by_tiles(x, packed.shape[0], tile, bias)
+    return by_tiles(x, weight.packed.shape[0], tile, bias)
 
 
 def dequantize_levels(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .interleaved import CHUNK, Weight, interleave
+from .interleaved import CHUNK, interleave
+from .weight import Layout, Weight
 
 if TYPE_CHECKING:
     from .choice import Request
@@ -87,7 +88,7 @@ def objection(request: Request) -> str | None:
     """Why `linear` is not for a request; see `glmquant.ops.choice`."""
     if request.device != "cuda":
         return f"the activations are on {request.device}"
-    if not request.interleaved:
+    if request.layout is not Layout.INTERLEAVED:
         return "the weight is not interleaved, which loading onto a GPU does where Triton can be used"
     if request.dtype not in _DTYPES:
         return f"the activations are {str(request.dtype).removeprefix('torch.')}"

@@ -35,7 +35,7 @@ def interleaved(tensor: QuantizedTensor) -> ops.Weight:
     bits = tensor.scheme.bits
     zero = None if tensor.zero_point is None else tensor.zero_point.to(GPU)
     weight = ops.Weight(pack_int32(tensor.codes, bits).to(GPU), tensor.scale.to(GPU), zero)
-    return ops.interleave(weight, bits, tensor.codes.shape[1])
+    return ops.arranged(weight, ops.Layout.INTERLEAVED, bits, tensor.codes.shape[1])
 
 
 def test_triton_can_be_used() -> None:
@@ -91,10 +91,12 @@ def test_the_kernel_is_chosen_for_few_rows() -> None:
     layer = QuantizedLinear.from_quantized(quantized(64, 256, Scheme(4, 128))).to(GPU)
     layer.arrange()
     weight = layer.weight_operands
-    assert weight.interleaved
+    assert weight.layout is ops.Layout.INTERLEAVED
     names = {
         m: choice.choose(
-            ops.Request.of(torch.empty(m, 256, dtype=torch.float16, device=GPU), weight.scale, None, 4, True)
+            ops.Request.of(
+                torch.empty(m, 256, dtype=torch.float16, device=GPU), weight.scale, None, 4, weight.layout
+            )
         ).name
         for m in (1, 16, 17)
     }
