@@ -109,6 +109,22 @@ def build(out: Path, model: str = "chatglm3-6b", layers: int | None = None, shar
     return out
 
 
+def build_tiny(out: Path) -> Path:
+    """A ChatGLM3 of one small layer: to see that a program works."""
+    small = {
+        "num_layers": 1,
+        "hidden_size": 128,
+        "ffn_hidden_size": 256,
+        "num_attention_heads": 4,
+        "kv_channels": 32,
+    }
+    MODELS["tiny"] = MODELS["chatglm3-6b"] | small | {"padded_vocab_size": 320}
+    try:
+        return build(out, "tiny", shards=1)
+    finally:
+        del MODELS["tiny"]
+
+
 def _split(tensors: list[StoredTensor], shards: int) -> list[ShardLayout]:
     """Cut into `shards` files of about the same size."""
     total = sum(t.nbytes for t in tensors)

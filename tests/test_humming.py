@@ -85,9 +85,9 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(DeviceInfo, "_instances", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    humming._prepared.cache_clear()
+    humming.prepared.cache_clear()
     yield
-    humming._prepared.cache_clear()
+    humming.prepared.cache_clear()
 
 
 @needs_humming
@@ -122,7 +122,7 @@ def test_it_takes_what_we_say_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> No
             for group in (1, k // 64, k // 32):
                 for rows in humming._ROWS:
                     dtype = getattr(torch, scale)
-                    layer, kernel = humming._prepared(GPU, dtype, n, k, group, bits, symmetric, rows)
+                    layer, kernel = humming.prepared(GPU, dtype, n, k, group, bits, symmetric, rows)
                     found = json.loads(layer)
                     assert (found["sm_version"], found["shape_n"], found["shape_k"]) == (90, n, k)
                     assert found["c_dtype"] == found["a_dtype"] == found["bs_dtype"] == scale
@@ -177,7 +177,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]
     package = ModuleType("humming")
     monkeypatch.setitem(sys.modules, "humming", package)
     monkeypatch.setitem(sys.modules, "humming.ops", SimpleNamespace(humming_gemm=product))
-    monkeypatch.setattr(humming, "_prepared", prepared)
+    monkeypatch.setattr(humming, "prepared", prepared)
     monkeypatch.setattr(humming, "why_not", lambda *kind: None)
     theirs = next(i for i in choice.IMPLEMENTATIONS if i.name == "humming-kernels")
     there = replace(theirs, objection=lambda request: humming.objection(replace(request, device="cuda")))

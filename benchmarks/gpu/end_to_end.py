@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import shutil
+import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,27 +16,27 @@ from transformers import GlmConfig
 
 import glmquant
 from glmquant.bench.runtimes import DequantizeThenMultiply
+from glmquant.checkpoint.source import open_folder
 from glmquant.memory import Model, Workload, estimate
 from glmquant.models import decoding
 from glmquant.models.glm import GlmForCausalLM
 from glmquant.models.quantized import QuantizedLinear
 
-from .. import synthetic
-from . import timing
+from . import convert, timing
 
-_PRECISIONS: dict[str, int | None] = {"bf16": None, "int8": 8, "int4": 4}
+_PRECISIONS: dict[str, int | None] = {"bf16": None, "int4": 4, "int8": 8}
 _MIB = 1 << 20
 
 
-def measure(dry: bool) -> list[dict[str, Any]]:
+def measure(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
     """Seconds of a prompt of 2048 tokens, tokens/s of 256 after it, bytes read a token, and memory.
 
     Args:
         dry: a tiny model on a CPU, to see that the program works.
+        folder: not used.
     """
     prompt, answer, batches = (12, 4, (1, 2)) if dry else (2048, 256, (1, 4, 16))
     device = torch.device("cpu" if dry else "cuda")
-    rows: list[dict[str, Any]] = []
     for name, bits in _PRECISIONS.items():
         _forget()
         started = _allocated()
@@ -53,12 +52,10 @@ def measure(dry: bool) -> list[dict[str, Any]]:
             for batch in batches if graphed else batches[:1]:
                 with _decoding(graphed, dry):
                     found = _run(model, batch, prompt, answer)
-                rows.append(
-                    {"precision": name, "way": way, "batch": batch, "resident_MiB": resident // _MIB} | found
-                )
+                yield {
+                    "precision": name, "way": way, "batch": batch, "resident_MiB": resident // _MIB,
+                } | found  # fmt: skip
         del model
-    _forget()
-    return rows
 
 
 def _random_model(dry: bool, device: torch.device) -> Any:
@@ -159,37 +156,23 @@ def _forget() -> None:
         torch.cuda.empty_cache()
 
 
-def measure_memory(dry: bool) -> list[dict[str, Any]]:
+def measure_memory(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
     """Loading, and what `glmquant.memory` predicts against what a process of its own measures.
 
     8 layers, because that is a third of the time; the formulas do not know the number.
     """
-    folder = Path(tempfile.mkdtemp(prefix="glmquant-gpu-memory-"))
-    rows = []
-    try:
-        layers, context = (1, 48) if dry else (8, 2304)
-        device = "cpu" if dry else "cuda"
-        source = _tiny(folder / "source") if dry else synthetic.build(folder / "source", layers=layers)
-        for name, bits in {"int4": 4, "int8": 8}.items():
-            out = folder / name
-            glmquant.convert(
-                source, out, glmquant.Recipe(bits=bits, method="rtn", group_size=32 if dry else 128)
-            )
-            seconds = timing.wall_seconds(lambda out=out: glmquant.load(out, device=device))  # type: ignore[misc]
-            _forget()
-            for batch in (1, 4):
-                rows.append(
-                    {"recipe": name, "load_seconds": round(seconds, 3)}
-                    | _compare(out, device, context, batch)
-                )
-    finally:
-        shutil.rmtree(folder)
-    return rows
+    context, device = (48, "cpu") if dry else (2304, "cuda")
+    for name, bits in ({"int4": 4} if dry else {"int4": 4, "int8": 8}).items():
+        out = folder / name
+        recipe = glmquant.Recipe(bits=bits, method="rtn")
+        glmquant.convert(convert.source(dry, folder), out, recipe)
+        seconds = timing.wall_seconds(lambda out=out: glmquant.load(out, device=device))  # type: ignore[misc]
+        _forget()
+        for batch in (2,) if dry else (1, 4):
+            yield {"recipe": name, "load_seconds": round(seconds, 3)} | _compare(out, device, context, batch)
 
 
 def _compare(out: Path, device: str, context: int, batch: int) -> dict[str, Any]:
-    import json
-
     command = [sys.executable, "-m", "glmquant._measured_run", str(out), device, str(context), str(batch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -197,7 +180,7 @@ def _compare(out: Path, device: str, context: int, batch: int) -> dict[str, Any]
     found = json.loads(done.stdout.splitlines()[-1])
     if "fault" in found:
         raise RuntimeError(found["fault"])
-    model = Model.of_checkpoint(_source(out))
+    model = Model.of_checkpoint(open_folder(out))
     predicted = estimate(model, Workload(context, batch), device="cpu" if device == "cpu" else "cuda")
     row = {"batch": batch, "context": context, "predicted_MiB": predicted.allocated // _MIB}
     if "allocated" in found:
@@ -206,26 +189,3 @@ def _compare(out: Path, device: str, context: int, batch: int) -> dict[str, Any]
     row["process_predicted_MiB"] = predicted.process // _MIB
     row["process_measured_MiB"] = found["process"] // _MIB
     return row
-
-
-def _source(folder: Path) -> Any:
-    from glmquant.checkpoint.source import open_folder
-
-    return open_folder(folder)
-
-
-def _tiny(folder: Path) -> Path:
-    small = {
-        "num_layers": 1,
-        "hidden_size": 128,
-        "ffn_hidden_size": 192,
-        "num_attention_heads": 4,
-        "kv_channels": 32,
-    }
-    key = "chatglm3-6b"
-    usual = synthetic.MODELS[key]
-    synthetic.MODELS[key] = usual | small | {"padded_vocab_size": 320}
-    try:
-        return synthetic.build(folder, shards=1)
-    finally:
-        synthetic.MODELS[key] = usual

@@ -7,8 +7,10 @@ compared with the exact product of the same weights, and computed twice to see t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from glmquant import ops
-from glmquant.ops import choice
+from glmquant.ops import choice, humming
 from glmquant.packing import pack_int32
 from glmquant.quantizers import QUANTIZERS
 from glmquant.scheme import Scheme
@@ -34,75 +36,118 @@ SCHEMES = {
     "int4-g32-asym": Scheme(4, 32, symmetric=False, scale_dtype="bfloat16"),
     "int8-g128": Scheme(8, 128, scale_dtype="bfloat16"),
 }
+_PEERS = ("int4-g128", "int8-g128")  # what humming-kernels is measured with
+_COMPILERS = 8  # at a time
 
 
 class Way(NamedTuple):
     """One way to compute it.
 
     Attributes:
-        name: for people.
         nbytes: of one weight with its scales.
         weights: copies of the weight.
         run: x and a weight -> product.
         exact: what the weight stands for, [out, in].
     """
 
-    name: str
     nbytes: int
     weights: list[Any]
     run: Callable[[Tensor, Any], Tensor]
     exact: Tensor
 
 
-def measure(dry: bool) -> dict[str, Any]:
-    """Microseconds, GB/s of weights, and TFLOP/s, by shape, rows and way.
+def measure(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
+    """Microseconds, GB/s of weights, and TFLOP/s, by shape, rows and way; ``failed`` where there are none.
 
     Args:
         dry: tiny shapes on a CPU, to see that the program works.
+        folder: not used.
     """
     device = torch.device("cpu" if dry else "cuda")
     shapes = (
-        {(96, 128): (1, 3, 20)} if dry else dict.fromkeys(SHAPES, ROWS) | dict.fromkeys(HEADS, _HEAD_ROWS)
+        {(128, 128): (1, 3, 20)} if dry else dict.fromkeys(SHAPES, ROWS) | dict.fromkeys(HEADS, _HEAD_ROWS)
     )
-    results: list[dict[str, Any]] = []
-    failed: dict[str, str] = {}
-    for shape, rows in shapes.items():
-        for way in _ways(shape, device, failed, 1 << 12 if dry else 1 << 28):
-            try:
-                results += [_row(way, shape, m) for m in rows]
-            except RuntimeError as error:
-                if not way.name.startswith("bitsandbytes"):
-                    raise
-                failed[way.name] = str(error).partition("\n")[0]
-    return {"triton": ops.layout_objection(device, 2, 1, 64), "failed": failed, "products": results}
-
-
-def _ways(shape: tuple[int, int], device: torch.device, failed: dict[str, str], nbytes: int) -> Iterator[Way]:
-    weight = (torch.randn(shape, device=device) * 0.02).to(_DTYPE)
-    size = weight.numel() * weight.element_size()
-    plain = list(timing.copies(weight, nbytes))
-    yield Way("bf16", size, plain, lambda x, w: functional.linear(x, w), weight)
-    del plain
-    for name, scheme in SCHEMES.items():
-        quantized = QUANTIZERS["rtn"](weight, scheme)
-        packed = ops.Weight(pack_int32(quantized.codes, scheme.bits), quantized.scale, quantized.zero_point)
-        layout = ops.best_layout(packed, scheme.bits, shape[1])
-        packed = ops.arranged(packed, layout, scheme.bits, shape[1])
-        tables = [t for t in (packed.scale, packed.zero_point) if t is not None]
-        size = packed.packed.nbytes + sum(t.nbytes for t in tables)
-        weights = [replace(packed, packed=words) for words in timing.copies(packed.packed, nbytes)]
-        exact = quantized.dequantize()
-        yield Way(name, size, weights, partial(_linear, bits=scheme.bits), exact)
-        if name.startswith("int4-g128"):
-            yield Way("thudm " + name, size, weights, partial(_as_thudm, bits=scheme.bits), exact)
+    nbytes = 1 << 12 if dry else 1 << 28
+    pool = ThreadPoolExecutor(_COMPILERS)
     try:
-        yield _bitsandbytes(weight, nbytes)
-    except Exception as error:  # it is optional, and anything may be wrong with it
-        failed["bitsandbytes nf4"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        compiled = (
+            {} if dry else {shape: _compiled(pool, device, shape, rows) for shape, rows in shapes.items()}
+        )
+        for ways in (_WAYS, {f"humming {name}": partial(_by_humming, compiled, name) for name in _PEERS}):
+            for shape, rows in shapes.items():
+                weight = (torch.randn(shape, device=device) * 0.02).to(_DTYPE)
+                for name, make in ways.items():
+                    yield from _measured(name, make, weight, nbytes, rows)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _measured(
+    name: str, make: Callable[[Tensor, int], Way], weight: Tensor, nbytes: int, rows: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    about = {"shape": list(weight.shape), "way": name}
+    try:
+        way = make(weight, nbytes)
+        for m in rows:
+            yield about | {"rows": m} | _figures(way, m)
+    except Exception as error:  # such as that a package is missing; the other ways do not mind
+        yield about | {"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}
+
+
+def _compiled(
+    pool: ThreadPoolExecutor, device: torch.device, shape: tuple[int, int], rows: tuple[int, ...]
+) -> list[Future[None]]:
+    """humming-kernels' own, of which each takes ten seconds, compiled while others are measured."""
+
+    def compile_(name: str, most: int) -> None:
+        from humming.kernel.humming import HummingKernel
+
+        scheme = SCHEMES[name]
+        groups = scheme.groups(shape[1])
+        layer, kernel = humming.prepared(device, _DTYPE, *shape, groups, scheme.bits, scheme.symmetric, most)
+        HummingKernel.prepare_kernels(layer, None, kernel, device)
+
+    steps = {humming.step(m) for m in rows}
+    return [pool.submit(compile_, name, most) for name in _PEERS for most in sorted(steps)]
+
+
+def _plain(weight: Tensor, nbytes: int) -> Way:
+    size = weight.numel() * weight.element_size()
+    return Way(size, list(timing.copies(weight, nbytes)), lambda x, w: functional.linear(x, w), weight)
+
+
+def _packed(
+    scheme: Scheme, run: Callable[..., Tensor], layout: ops.Layout | None, weight: Tensor, nbytes: int
+) -> Way:
+    """In the layout that is best for our own kernels where none is named."""
+    quantized = QUANTIZERS["rtn"](weight, scheme)
+    packed = ops.Weight(pack_int32(quantized.codes, scheme.bits), quantized.scale, quantized.zero_point)
+    layout = layout or ops.best_layout(packed, scheme.bits, weight.shape[1])
+    packed = ops.arranged(packed, layout, scheme.bits, weight.shape[1])
+    tables = [t for t in (packed.scale, packed.zero_point) if t is not None]
+    size = packed.packed.nbytes + sum(t.nbytes for t in tables)
+    weights = [replace(packed, packed=words) for words in timing.copies(packed.packed, nbytes)]
+    return Way(size, weights, partial(run, bits=scheme.bits), quantized.dequantize())
+
+
+def _by_humming(
+    compiled: dict[tuple[int, int], list[Future[None]]], name: str, weight: Tensor, nbytes: int
+) -> Way:
+    """Another's kernels, whether `ops` is to use them or not."""
+    scheme, (n, k) = SCHEMES[name], weight.shape
+    if why_not := humming.why_not(weight.device, scheme.bits, scheme.symmetric, _DTYPE):
+        raise RuntimeError(why_not)
+    for kernel in compiled[n, k]:
+        kernel.result()
+    return _packed(scheme, _humming, ops.Layout.HUMMING, weight, nbytes)
 
 
 def _linear(x: Tensor, weight: ops.Weight, bits: int) -> Tensor:
     return ops.linear(x, weight.packed, weight.scale, weight.zero_point, None, bits)
+
+
+def _humming(x: Tensor, weight: ops.Weight, bits: int) -> Tensor:
+    return humming.linear(x, weight.packed, weight.scale, weight.zero_point, None, bits)
 
 
 def _as_thudm(x: Tensor, weight: ops.Weight, bits: int) -> Tensor:
@@ -118,27 +163,36 @@ def _bitsandbytes(weight: Tensor, nbytes: int) -> Way:
     exact = bnb.functional.dequantize_4bit(packed, state).float()
     size = packed.nbytes + state.absmax.nbytes
     weights = list(timing.copies(packed, nbytes))
-    return Way("bitsandbytes nf4", size, weights, lambda x, w: bnb.matmul_4bit(x, w.t(), state), exact)
+    return Way(size, weights, lambda x, w: bnb.matmul_4bit(x, w.t(), state), exact)
 
 
-def _row(way: Way, shape: tuple[int, int], m: int) -> dict[str, Any]:
-    x = torch.randn(m, shape[1], device=way.exact.device).to(_DTYPE)
+_WAYS: dict[
+    str, Callable[[Tensor, int], Way]
+] = {  # what makes them of a weight, and of the bytes that copies have
+    "bf16": _plain,
+    **{name: partial(_packed, scheme, _linear, None) for name, scheme in SCHEMES.items()},
+    "thudm int4-g128": partial(_packed, SCHEMES["int4-g128"], _as_thudm, None),
+    "bitsandbytes nf4": _bitsandbytes,
+}
+
+
+def _figures(way: Way, m: int) -> dict[str, Any]:
+    n, k = way.exact.shape
+    x = torch.randn(m, k, device=way.exact.device).to(_DTYPE)
     found = way.run(x, way.weights[0])
     exact = x.float() @ way.exact.float().t()
     again = way.run(x, way.weights[0])
     seconds = timing.graphed_seconds(lambda number: way.run(x, way.weights[number]), len(way.weights))
-    row = {
-        "shape": shape,
-        "rows": m,
-        "way": way.name,
+    row: dict[str, Any] = {
         "us": round(seconds * 1e6, 2),
         "GB/s": round(way.nbytes / seconds / 1e9, 1),
-        "TFLOP/s": round(2 * m * shape[0] * shape[1] / seconds / 1e12, 2),
+        "TFLOP/s": round(2 * m * n * k / seconds / 1e12, 2),
         "error": float(f"{(found.float() - exact).abs().max() / exact.abs().max():.2e}"),
         "same_again": torch.equal(found, again),
     }
-    if isinstance(way.weights[0], ops.Weight) and not way.name.startswith("thudm"):
-        weight, bits = way.weights[0], 8 if "int8" in way.name else 4
+    weight = way.weights[0]
+    if isinstance(way.run, partial) and way.run.func is _linear:
+        bits = way.run.keywords["bits"]
         request = ops.Request.of(x, weight.scale, weight.zero_point, bits, weight.layout)
         row["chosen"] = choice.choose(request).name
     return row

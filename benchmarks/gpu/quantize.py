@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from glmquant import _cuda
-from glmquant.ops import dequantize
+from glmquant.ops import dequantize, triton
 from glmquant.packing import pack_int32
 from glmquant.quantizers import QUANTIZERS, Quantizer
 from glmquant.scheme import QuantizedTensor, Scheme
@@ -30,39 +31,50 @@ SCHEMES = {
 }
 
 
-def bandwidth() -> dict[str, float]:
+def bandwidth(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
     """Copies in GB/s, bytes read and written both counted on the device, once between host and device."""
-    block = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    if not dry:
+        yield {"what": "the GPU"} | _gpu()
+    block = torch.empty(1 << 20 if dry else 1 << 30, dtype=torch.uint8, device="cpu" if dry else "cuda")
     other = torch.empty_like(block)
-    pinned = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
-    part = block[: len(pinned)]
+    host = torch.empty(len(block) // 4, dtype=torch.uint8, pin_memory=not dry)
+    part = block[: len(host)]
+    for what, to, source, times in (
+        ("device to device", other, block, 2), ("pinned to device", part, host, 1), ("device to pinned", host, part, 1),
+    ):  # fmt: skip
+        seconds = timing.seconds(lambda _, to=to, source=source: to.copy_(source, non_blocking=True), 1)  # type: ignore[misc]
+        yield {"what": what, "GB/s": round(times * len(to) / seconds / 1e9, 1)}
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
     return {
-        "device_to_device": round(2 * len(block) / timing.seconds(lambda _: other.copy_(block), 1) / 1e9, 1),
-        "pinned_to_device": round(
-            len(pinned) / timing.seconds(lambda _: part.copy_(pinned, non_blocking=True), 1) / 1e9, 1
-        ),
-        "device_to_pinned": round(
-            len(pinned) / timing.seconds(lambda _: pinned.copy_(part, non_blocking=True), 1) / 1e9, 1
-        ),
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "quantization_kernels": _cuda.why_not(torch.device("cuda")) or "work",
+        "triton": triton.why_not(torch.device("cuda")) or "works",
     }
 
 
-def kernels() -> list[dict[str, Any]]:
+def kernels(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
     """Milliseconds, and GB/s of the 16-bit weights that are read or written."""
-    why_not = _cuda.why_not(torch.device("cuda"))
-    assert why_not is None, why_not
-    rows: list[dict[str, Any]] = []
-    for shape in SHAPES:
-        weights = timing.copies((torch.randn(shape, device="cuda") * 0.02).half())
+    device = torch.device("cpu" if dry else "cuda")
+    if not dry and (why_not := _cuda.why_not(device)):
+        raise SystemExit(f"the kernels are off, as {why_not}")
+    for shape in ((16, 128),) if dry else SHAPES:
+        weights = timing.copies(
+            (torch.randn(shape, device=device) * 0.02).half(), 1 << 12 if dry else 1 << 29
+        )
         for name, (method, scheme) in SCHEMES.items():
             work = partial(_quantize, weights, QUANTIZERS[method], scheme)
-            rows.append(_row(name, shape, timing.seconds(work, len(weights))))
+            yield _row(name, shape, timing.seconds(work, len(weights)))
         for bits in (4, 8):
             quantized = QUANTIZERS["rtn"](weights[0], Scheme(bits, 128))
-            packed = timing.copies(pack_int32(quantized.codes, bits))
+            packed = timing.copies(pack_int32(quantized.codes, bits), weights[0].nbytes * len(weights) // 4)
             unpack = partial(_dequantize, packed, quantized)
-            rows.append(_row(f"dequantize-int{bits}", shape, timing.seconds(unpack, len(packed))))
-    return rows
+            yield _row(f"dequantize-int{bits}", shape, timing.seconds(unpack, len(packed)))
 
 
 def _quantize(

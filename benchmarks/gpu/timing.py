@@ -14,7 +14,6 @@ def seconds(work: Callable[[int], Any], inputs: int, repeats: int = 20) -> float
     """Median time of ``work(number)``, the number going round ``0..inputs - 1`` so that inputs are not in a cache."""
     for number in range(inputs):
         work(number)
-    torch.cuda.synchronize()
     return statistics.median(_once(lambda n=number % inputs: work(n)) for number in range(repeats))  # type: ignore[misc]
 
 
@@ -24,7 +23,7 @@ def graphed_seconds(work: Callable[[int], Any], inputs: int, repeats: int = 7) -
     Without a GPU, as it comes.
     """
     if not torch.cuda.is_available():
-        return statistics.median(_timed(lambda: [work(n) for n in range(inputs)]) for _ in range(2)) / inputs
+        return statistics.median(_once(lambda: [work(n) for n in range(inputs)]) for _ in range(2)) / inputs
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -36,7 +35,6 @@ def graphed_seconds(work: Callable[[int], Any], inputs: int, repeats: int = 7) -
         for number in range(inputs):
             work(number)
     graph.replay()
-    torch.cuda.synchronize()
     return statistics.median(_once(graph.replay) for _ in range(repeats)) / inputs
 
 
@@ -48,20 +46,22 @@ def copies(tensor: torch.Tensor, nbytes: int = 1 << 29) -> Sequence[torch.Tensor
 
 def wall_seconds(work: Callable[[], Any]) -> float:
     """Time on the host until everything is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return _timed(work, wait=torch.cuda.is_available())
-
-
-def _timed(work: Callable[[], Any], wait: bool = False) -> float:
+    _wait()
     started = time.perf_counter()
     work()
-    if wait:
-        torch.cuda.synchronize()
+    _wait()
     return time.perf_counter() - started
 
 
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def _once(work: Callable[[], Any]) -> float:
+    if not torch.cuda.is_available():
+        return wall_seconds(work)
+    _wait()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     work()

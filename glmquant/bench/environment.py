@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = (
-    "glmquant", "torch", "safetensors", "compressed-tensors", "transformers", "numpy", "bitsandbytes", "torchao",
-    "xllamacpp",
+    "glmquant", "torch", "triton", "safetensors", "compressed-tensors", "transformers", "numpy", "bitsandbytes",
+    "torchao", "xllamacpp", "cpm_kernels", "humming-kernels",
 )  # fmt: skip
 
 
@@ -23,6 +23,9 @@ def describe() -> dict[str, Any]:
 
 
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -146,10 +146,7 @@ def linear(
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
-    most = next((rows for rows in _ROWS if m <= rows), _ROWS[-1])
-    layer, kernel = _prepared(
-        x.device, x.dtype, n, k, scale.shape[0], bits, symmetric=zero_point is None, rows=most
-    )
+    layer, kernel = prepared(x.device, x.dtype, n, k, scale.shape[0], bits, zero_point is None, step(m))
     y: Tensor = humming_gemm(
         layer_config=layer, tuning_config=kernel, inputs=x, weight=packed.flatten(1), weight_scale=scale,
         zero_point=zero_point, locks=_locks(x.device, packed.data_ptr()),
@@ -157,8 +154,13 @@ def linear(
     return y if bias is None else y.add_(bias)
 
 
+def step(m: int) -> int:
+    """The number of rows that the kernel for `m` rows is made for."""
+    return next((rows for rows in _ROWS if m <= rows), _ROWS[-1])
+
+
 @cache
-def _prepared(
+def prepared(
     device: torch.device,
     dtype: torch.dtype,
     n: int,
@@ -168,7 +170,7 @@ def _prepared(
     symmetric: bool,
     rows: int,
 ) -> tuple[str, str]:
-    """What the package wants to know of a weight, and of the kernel for some rows, compiled when first used."""
+    """What the package wants to know of a weight, and of the kernel for `step` rows, compiled when first used."""
     from humming.dtypes import DataType
     from humming.schema import HummingWeightSchema
     from humming.transform import prepare_layer_config

@@ -52,6 +52,8 @@ def test_short_memory(source: Path, tmp_path: Path) -> None:
 
 
 def test_command_line(source: Path, tmp_path: Path) -> None:
+    for package in ("click", "rich"):
+        pytest.importorskip(package)
     done = run_cli("convert", source, tmp_path / "out", "--device", "cuda")
     assert done.returncode == 0, done.stderr
     assert "GPU" not in done.stdout

@@ -13,7 +13,7 @@ from glmquant import Scheme, UsageError, ops
 from glmquant.models import decoding
 from glmquant.models.glm import GlmForCausalLM
 from glmquant.models.quantized import QuantizedLinear
-from glmquant.ops import choice
+from glmquant.ops import choice, humming
 from glmquant.ops import triton as on_gpu
 from glmquant.packing import pack_int32
 from glmquant.quantizers import RoundToNearest
@@ -103,6 +103,30 @@ def test_the_kernel_is_chosen_for_few_rows() -> None:
     assert names == {1: "Triton kernel", 16: "Triton kernel", 17: "PyTorch, tile by tile"}
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
+def test_humming_kernels(
+    bits: int, symmetric: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are installed: as exact as ours, through a layer that is loaded for them."""
+    if why_not := humming.why_not(GPU, bits, symmetric, dtype):
+        pytest.skip(why_not)
+    monkeypatch.setenv("GLMQUANT_HUMMING", "1")
+    scale_dtype: Any = str(dtype).removeprefix("torch.")
+    for (rows, columns), group in itertools.product(((4608, 4096), (512, 13696)), (128, None)):
+        tensor = quantized(rows, columns, Scheme(bits, group, symmetric, scale_dtype))
+        layer = QuantizedLinear.from_quantized(tensor, torch.randn(rows).to(dtype)).to(GPU)
+        layer.arrange()
+        assert layer.weight_operands.layout is ops.Layout.HUMMING
+        assert torch.equal(layer.dequantize().cpu(), tensor.dequantize())
+        exact_weight, bias = tensor.dequantize().to(GPU), layer.bias.float()  # type: ignore[union-attr]
+        for m in (0, 1, 8, 16, 17, 300):
+            x = torch.randn(m, columns + 1, device=GPU).to(dtype)[:, 1:]
+            found, exact = layer(x), x.float() @ exact_weight.t() + bias
+            if m:
+                assert float((found - exact).abs().max() / exact.abs().max()) < 2 * TOLERANCE[dtype]
+
+
 def small_model(dtype: torch.dtype) -> Any:
     config = GlmConfig(
         vocab_size=1000, hidden_size=256, intermediate_size=384, num_hidden_layers=3, num_attention_heads=8,
@@ -118,7 +142,9 @@ def small_model(dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_the_loop_gives_the_same_tokens(bits: int | None, sampled: bool) -> None:
+def test_the_loop_gives_the_same_tokens(
+    bits: int | None, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = small_model(torch.float16)
     if bits is not None:
         model.quantize(bits, group_size=32)
@@ -127,8 +153,7 @@ def test_the_loop_gives_the_same_tokens(bits: int | None, sampled: bool) -> None
     mask[0, :7] = 0
     found = []
     for devices in ({"cuda"}, set()):
-        decoding.DEVICES.clear()
-        decoding.DEVICES.update(devices)
+        monkeypatch.setattr(decoding, "DEVICES", devices)
         torch.manual_seed(5)
         found.append(
             model.generate(
@@ -136,7 +161,6 @@ def test_the_loop_gives_the_same_tokens(bits: int | None, sampled: bool) -> None
                 top_k=3 if sampled else None, pad_token_id=0, eos_token_id=[2, 7],
             )
         )  # fmt: skip
-    decoding.DEVICES.update({"cuda"})
     assert len(decoding._steps) > 0
     width = min(t.shape[1] for t in found)
     same = (found[0][:, :width] == found[1][:, :width]).float().mean()
