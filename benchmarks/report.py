@@ -16,6 +16,8 @@ from typing import Any
 
 from glmquant.bench import report as bench
 
+from . import report_gpu
+
 HERE = Path(__file__).parent
 _TITLE = """# Measurements
 
@@ -166,8 +168,13 @@ def _summary(result: Result, plot: Path) -> list[str]:
     return [_markdown(rows)] if len(rows) > 1 else []
 
 
+def _gpu(result: Result, plot: Path) -> list[str]:
+    return [part if isinstance(part, str) else _markdown(part) for part in report_gpu.tables(result)]
+
+
 SECTIONS: dict[str, tuple[Section, str]] = {
     "bench": (_bench, "Running"),
+    "gpu": (_gpu, "On a GPU"),
     "convert": (_convert, "Converting"),
     "quality": (_quality, "Quality"),
     "stream": (_stream, "Converting while downloading"),

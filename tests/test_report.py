@@ -134,8 +134,52 @@ def test_a_run_shows_memory_by_term(tmp_path: Path) -> None:
 
 def test_a_benchmark_that_is_not_known_is_shown_by_its_summary(tmp_path: Path) -> None:
     text = rendered(
-        tmp_path, gpu={"benchmark": "gpu", "summary": {"decode": {"tok/s": 123.456}, "note": "x|y"}}
+        tmp_path, other={"benchmark": "new", "summary": {"decode": {"tok/s": 123.456}, "note": "x|y"}}
     )
-    assert "## gpu: gpu" in text
+    assert "## new: other" in text
     assert "| decode tok/s | 123.5 |" in text
     assert r"| note | x\|y |" in text
+
+
+def test_what_a_gpu_gave(tmp_path: Path) -> None:
+    """Figures that are made up, of a run that did not get to its end."""
+
+    def product(way: str, rows: int, us: float, same: bool = True) -> dict[str, Any]:
+        return {
+            "shape": [4608, 4096], "way": way, "rows": rows, "us": us, "GB/s": 1e4 / us, "error": 1e-3,
+            "same_again": same,
+        }  # fmt: skip
+
+    def decoded(precision: str, way: str, tokens: float) -> dict[str, Any]:
+        return {
+            "precision": precision, "way": way, "batch": 1, "prefill_tokens/s": 9e3, "tokens/s": tokens,
+            "ms/token": 1.5, "weights_GB/s": 2000.0, "resident_MiB": 4000, "peak_allocated_MiB": 5000, "device_used_MiB": None,
+        }  # fmt: skip
+
+    products = [
+        product("bf16", 1, 20.0), product("int4-g128", 1, 8.0), product("int4-g128", 64, 90.0),
+        product("humming int4-g128", 1, 10.0, same=False),
+        {"shape": [4608, 4096], "way": "nf4", "failed": "Error: gone"},
+    ]  # fmt: skip
+    models = [
+        decoded("bf16", "graph", 200.0),
+        decoded("int4", "graph", 500.0),
+        decoded("int4", "thudm", 50.0),
+    ]
+    copies = [{"what": "the GPU", "name": "Imagined"}, {"what": "device to device", "GB/s": 4000.0}]
+    text = rendered(tmp_path, gpu={
+        "benchmark": "gpu", "tests_status": 124, "bandwidth": {"seconds": 1, "results": copies},
+        "matmul": {"seconds": 9, "results": products},
+        "end_to_end": {"seconds": 9, "results": models, "failed": "some\nlines\nstopped after 9 seconds"},
+        "convert": {"seconds": 0, "results": [], "failed": "there was no time left"},
+    })  # fmt: skip
+    assert "Tests on the GPU: FAILED (124)" in text
+    assert "| int4-g128 | 8.0 | 90.0 | 1250 | 1.0e-03 | yes |" in text
+    assert "| humming int4-g128 | 10.0 |  | 1000 | 1.0e-03 | no |" in text
+    assert "Not measured: [4608, 4096], nf4: Error: gone" in text
+    assert "| int4 | graph | 1 | 9000 | 500.0 | 1.500 | 2000 | 4000 | 5000 |  |" in text
+    assert "The section end_to_end is not complete: stopped after 9 seconds" in text
+    assert "The section convert is not complete: there was no time left" in text
+    assert "| int4, batch 1: weights read / copy bandwidth | 0.50 |" in text
+    assert "| int4 / bf16, tokens/s at batch 1 | 2.50 |" in text
+    assert "| int4 product / humming int4-g128, time, 1 to 16 rows, the worst | 0.80 |" in text
