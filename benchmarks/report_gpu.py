@@ -72,7 +72,8 @@ _SECTIONS: dict[str, Callable[[list[Row]], Iterator[str | Table]]] = {
     "matmul": _matmul,
     "end_to_end": _columns(
         ("weights", "precision", ""), ("way", "way", ""), ("batch", "batch", ""),
-        ("prompt, tokens/s", "prefill_tokens/s", ".0f"), ("tokens/s", "tokens/s", ".1f"), ("ms/token", "ms/token", ".3f"), ("weights read, GB/s", "weights_GB/s", ".0f"),
+        ("prompt, tokens/s", "prefill_tokens/s", ".0f"), ("tokens/s", "tokens/s", ".1f"),
+        ("ms/token", "ms/token", ".3f"), ("weights read, GB/s", "weights_GB/s", ".0f"),
         ("loaded, MiB", "resident_MiB", ""), ("peak by torch, MiB", "peak_allocated_MiB", ""),
         ("on the GPU by NVML, MiB", "device_used_MiB", ""),
     ),

@@ -153,7 +153,8 @@ def test_what_a_gpu_gave(tmp_path: Path) -> None:
     def decoded(precision: str, way: str, tokens: float) -> dict[str, Any]:
         return {
             "precision": precision, "way": way, "batch": 1, "prefill_tokens/s": 9e3, "tokens/s": tokens,
-            "ms/token": 1.5, "weights_GB/s": 2000.0, "resident_MiB": 4000, "peak_allocated_MiB": 5000, "device_used_MiB": None,
+            "ms/token": 1.5, "weights_GB/s": 2000.0,
+            "resident_MiB": 4000, "peak_allocated_MiB": 5000, "device_used_MiB": None,
         }  # fmt: skip
 
     products = [
