@@ -245,10 +245,9 @@ def kernels_and_torch(monkeypatch: pytest.MonkeyPatch, interpreted: None) -> Any
     """Compute something with the kernels, then without."""
 
     def run(compute: Any) -> tuple[Any, Any]:
-        monkeypatch.setattr(ops, "_kernels", lambda tensor: True)
+        monkeypatch.setattr(ops, "chosen", lambda device: ops.By.TRITON)
         with_kernels = compute()
-        monkeypatch.setattr(ops, "_kernels", lambda tensor: False)
-        monkeypatch.setattr(ops, "_native", lambda tensor: False)
+        monkeypatch.setattr(ops, "chosen", lambda device: ops.By.TORCH)
         return with_kernels, compute()
 
     return run
@@ -308,7 +307,7 @@ def test_attention(kernels_and_torch: Any, monkeypatch: pytest.MonkeyPatch, colu
         first = torch.tensor([0, column // 2])
         query = random(2, heads, 32)
         cache = ops.Cache(keys, values, first, torch.tensor([column]))
-        monkeypatch.setattr(ops, "_kernels", lambda tensor: True)
+        monkeypatch.setattr(ops, "chosen", lambda device: ops.By.TRITON)
         found = ops.attend(query, cache, 0.2)
         for row in range(2):
             here = slice(int(first[row]), column + 1)

@@ -22,7 +22,7 @@ def compiled_layers(model: Any, keys: Sequence[Tensor], values: Sequence[Tensor]
         keys: for each layer [slots, groups, capacity, width], contiguous.
         values: the same.
     """
-    if model.device.type != "cpu" or decoding_native.why_not() is not None:
+    if decoding_native.why_not(model.device) is not None:
         return None
     layers = []
     for layer in model.model.layers:

@@ -1,23 +1,38 @@
 """What a token needs between the products when it is decoded: norms, rotary positions, attention to a static cache.
 
 Each is one launch on a GPU (`glmquant.ops.decoding_kernels`), where PyTorch's own operations are five to ten, and one
-call on a CPU (`glmquant.ops.decoding_native`). Plain PyTorch does where neither is to be had. All round at the same
-places. What changes from token to token they read from memory,
-so that a CUDA graph may hold them.
+call on a CPU (`glmquant.ops.decoding_native`); where neither can be had it is PyTorch's. `chosen` decides. All round at
+the same places. What changes from token to token is read from memory, so that a CUDA graph may hold it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import decoding_native
+from . import decoding_native, triton
 
 PARTS = 64
 """Pieces into which attention on a GPU cuts the columns of a sequence, so that they fill the multiprocessors."""
+
+
+class By(Enum):
+    """What computes."""
+
+    TRITON = auto()
+    COMPILED = auto()
+    TORCH = auto()
+
+
+def chosen(device: torch.device) -> By:
+    """The fastest that works on a device."""
+    if triton.why_not(device) is None:
+        return By.TRITON
+    return By.COMPILED if decoding_native.why_not(device) is None else By.TORCH
 
 
 @dataclass(frozen=True)
@@ -41,9 +56,10 @@ class Cache:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, delta: Tensor | None = None) -> Tensor:
     """The norm of ``x + delta``, [rows, columns]; x becomes that sum, in place."""
-    if _native(x):
+    by = chosen(x.device)
+    if by is By.COMPILED:
         return decoding_native.rms_norm(x, weight, epsilon, delta)
-    if not _kernels(x):
+    if by is By.TORCH:
         if delta is not None:
             x.add_(delta)
         wide = x.float()
@@ -63,9 +79,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, delta: Tensor | None = N
 
 def silu_product(both: Tensor) -> Tensor:
     """[rows, 2n] -> silu(first half) * second half, [rows, n]."""
-    if _native(both):
+    by = chosen(both.device)
+    if by is By.COMPILED:
         return decoding_native.silu_product(both)
-    if not _kernels(both):
+    if by is By.TORCH:
         gate, up = both.chunk(2, dim=-1)
         return up * functional.silu(gate)
     from .decoding_kernels import silu_kernel
@@ -90,10 +107,11 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, cache: C
         The queries, [rows, heads, width].
     """
     rows, (_, groups, capacity, width) = qkv.shape[0], cache.keys.shape
-    if cache.length is not None and _native(qkv):
+    by = chosen(qkv.device)
+    if by is By.COMPILED:
         columns = cache.column.expand(rows).contiguous()
         return decoding_native.rotate_and_store(qkv, cos, sin, heads, cache.keys, cache.values, columns)
-    if not _kernels(qkv):
+    if by is By.TORCH:
         q, k, v = torch.split(qkv.view(rows, -1, width), [heads, groups, groups], dim=1)
         cache.keys.index_copy_(2, cache.column, _rotated(k, cos, sin)[:, :, None])
         cache.values.index_copy_(2, cache.column, v[:, :, None])
@@ -120,10 +138,11 @@ def attend(query: Tensor, cache: Cache, scale: float) -> Tensor:
     """Attention of one token of each row [rows, heads, width] to its columns -> [rows, heads * width]."""
     rows, heads, width = query.shape
     _, groups, capacity, _ = cache.keys.shape
-    if cache.length is not None and _native(query):
+    by = chosen(query.device)
+    if by is By.COMPILED:
         last = cache.column.expand(rows).contiguous()
         return decoding_native.attend(query, cache.keys, cache.values, last, scale, first=cache.first)
-    if not _kernels(query):
+    if by is By.TORCH:
         length = capacity if cache.length is None else cache.length
         columns = torch.arange(length, device=query.device)
         seen = (columns >= cache.first[:, None]) & (columns <= cache.column)
@@ -151,13 +170,3 @@ def attend(query: Tensor, cache: Cache, scale: float) -> Tensor:
         sums, maxima, totals, out, PER_GROUP=per_group, WIDTH=width, PARTS=PARTS
     )
     return out.view(rows, heads * width)
-
-
-def _kernels(tensor: Tensor) -> bool:
-    from . import triton
-
-    return triton.why_not(tensor.device) is None
-
-
-def _native(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not _kernels(tensor) and decoding_native.why_not() is None

@@ -11,10 +11,12 @@ from .. import _native
 from .._floats import FLOATS
 from ..errors import UsageError
 
+_CPU = torch.device("cpu")
 
-def why_not() -> str | None:
-    """Why they cannot be used, as a sentence without its full stop; None where they can."""
-    return _native.why_not()
+
+def why_not(device: torch.device = _CPU) -> str | None:
+    """Why they cannot be used on a device, as a sentence without its full stop; None where they can."""
+    return _native.why_not() if device.type == "cpu" else f"they are for a CPU, and this is {device.type}"
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, delta: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from .. import _native
 from .._floats import FLOATS
 from . import native
 from .choice import Request, choose
-from .interleaved import Weight
+from .weight import Weight
 
 
 @dataclass(frozen=True)

@@ -96,11 +96,7 @@ class SlotRunner:
         )
         model.set_attn_implementation(_ATTENTION)
         self._joint, self._compiled = None, None
-        if (
-            model.device.type == "cpu"
-            and one_token.why_not(model) is None
-            and decoding_native.why_not() is None
-        ):
+        if decoding_native.why_not(model.device) is None and one_token.why_not(model) is None:
             self._joint = one_token.joint_projections(model)
             self._compiled = compiled_layers(model, self._keys, self._values)
 
@@ -190,7 +186,7 @@ class _Layout:
         )
         # Requests of one token, which the CPU's kernel takes at once.
         self._together: Tensor | None = None
-        if device.type == "cpu" and decoding_native.why_not() is None:
+        if decoding_native.why_not(device) is None:
             single = [first for _, first, last, _ in self._bounds if last - first == 1]
             self._together = torch.tensor(single, dtype=torch.long)
             self._their_slots, self._their_last = self._slots[single], self.positions[single]
