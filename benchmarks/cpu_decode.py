@@ -3,10 +3,12 @@
 Every peer has a process of its own, and they take turns. The embedding and the output head are 16-bit for all of them,
 threads as many. Beside every round the machine's read bandwidth is measured, on ordinary memory and in huge pages.
 
-    python -m benchmarks.cpu_decode --llama PYTHON [--model M --layers 8 | --source FOLDER] [--trials 5] [--out FILE]
+    python -m benchmarks.cpu_decode --llama PYTHON [--source synthetic FOLDER ...] [--trials 5] [--out FILE]
 
-PYTHON is a Python that has llama-cpp-python, built for this processor; without it llama.cpp is left out. Needs the disk
-for the checkpoint and what is made of it (8 layers of ChatGLM3-6B: 11 GB), and memory for all peers at once (12 GB).
+``synthetic`` is layers of --model's shapes, by default 8 of ChatGLM3-6B; a FOLDER is a real checkpoint, as the stand-in
+of `benchmarks.standin`. Each has results of its own. PYTHON is a Python that has llama-cpp-python, built for this
+processor; without it llama.cpp is left out. Needs the disk for the checkpoints and what is made of them (8 layers of
+ChatGLM3-6B: 11 GB), and memory for all peers of one at once (12 GB).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from glmquant.bench import environment
 from . import gguf_writer, synthetic
 
 RESULTS = Path(__file__).parent / "results"
+_SYNTHETIC = "synthetic"
 PREFILL, CONTEXT = 256, 512
 _READ_BYTES = 1 << 29
 
@@ -69,38 +72,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=synthetic.MODELS, default="chatglm3-6b")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--source", type=Path, help="a checkpoint to use instead of a synthetic one")
+    parser.add_argument(
+        "--source", nargs="+", default=[_SYNTHETIC], help="synthetic, or folders of checkpoints"
+    )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glmquant-bench")
     parser.add_argument("--llama", help="Python with llama-cpp-python")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--new", type=int, default=24, help="tokens to decode in a trial")
     parser.add_argument("--only", nargs="+", help="peers to run")
-    parser.add_argument("--out", type=Path, help="JSON; what it has of other models is kept")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "cpu-decode.json", help="what it has of others is kept"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    source = options.source or synthetic.build(
-        options.folder / f"{options.model}-{options.layers}-layers", options.model, options.layers
-    )
+    for name in options.source:
+        source = Path(name)
+        if name == _SYNTHETIC:
+            source = options.folder / f"{options.model}-{options.layers}-layers"
+            synthetic.build(source, options.model, options.layers)
+        result = _measure(source, options)
+        print(json.dumps(result["summary"], indent=1))
+        known: dict[str, Any] = {"benchmark": "cpu-decode", "models": {}}
+        if options.out.exists():
+            known = json.loads(options.out.read_text())
+        known["models"][source.resolve().name] = result
+        options.out.write_text(json.dumps(known, indent=1) + "\n")
+    print(options.out)
+
+
+def _measure(source: Path, options: argparse.Namespace) -> dict[str, Any]:
     peers = _peers(source, options)
     trials = _trials(peers, options.trials, options.new)
     for peer in peers.values():
         peer.close()
-    result = {
+    descriptions = {name: peer.description for name, peer in peers.items()}
+    return {
         "threads": options.threads,
         **environment.describe(),
-        "peers": {name: peer.description for name, peer in peers.items()},
-        "summary": summarize(trials, {name: peer.description for name, peer in peers.items()}),
+        "peers": descriptions,
+        "summary": summarize(trials, descriptions),
         "trials": trials,
     }
-    document = options.out or RESULTS / "cpu-decode.json"
-    known: dict[str, Any] = (
-        json.loads(document.read_text()) if document.exists() else {"benchmark": "cpu-decode", "models": {}}
-    )
-    known["models"][source.name] = result
-    document.write_text(json.dumps(known, indent=1) + "\n")
-    print(json.dumps(result["summary"], indent=1))
-    print(document)
 
 
 def _peers(source: Path, options: argparse.Namespace) -> dict[str, Peer]:

@@ -54,7 +54,8 @@ def render(results: Path, plots: Path) -> str:
         parts += [f"## {verb}: {result.get('model', path.stem)}", *section(result, plot)]
         if plot.exists():
             parts.append(f"![{path.stem}]({plots.name}/{plot.name})")
-        parts.append(_where(result, path))
+        if "models" not in result:  # which say each where it was measured
+            parts.append(_where(result, path))
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -168,6 +169,33 @@ def _summary(result: Result, plot: Path) -> list[str]:
     return [_markdown(rows)] if len(rows) > 1 else []
 
 
+def _cpu_decode(result: Result, plot: Path) -> list[str]:
+    parts = []
+    for model, found in result["models"].items():
+        speeds: dict[str, dict[str, float]] = found["summary"]["tokens_per_second"]
+        tasks = list(next(iter(speeds.values())))
+        read = ", ".join(
+            f"{rate:.1f} in {kind}" for kind, rate in found["summary"]["read_gb_per_second"].items()
+        )
+        rounds = 1 + max(trial["trial"] for trial in found["trials"])
+        parts.append(
+            f"### {model}\n\nTokens/s with {found['threads']} threads, medians of {rounds} rounds; memory was read at "
+            f"{read} GB/s in the same minutes."
+        )
+        rows = [["", *_task_names(tasks)]]
+        rows += [[peer, *(f"{by_task[task]:.1f}" for task in tasks)] for peer, by_task in speeds.items()]
+        for key, ratio in found["summary"].items():
+            if " / " in key:
+                rows.append([key, *(f"{ratio[task]:.2f}" for task in tasks)])
+        parts += [_markdown(rows), _where(found, Path("cpu-decode.json"))]
+    return parts
+
+
+def _task_names(tasks: list[str]) -> list[str]:
+    names = {"prefill": "prompt of 256", "decode 1": "1 sequence", "decode 4": "4 sequences"}
+    return [names.get(task, task) for task in tasks]
+
+
 def _gpu(result: Result, plot: Path) -> list[str]:
     return [part if isinstance(part, str) else _markdown(part) for part in report_gpu.tables(result)]
 
@@ -176,6 +204,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "bench": (_bench, "Running"),
     "gpu": (_gpu, "On a GPU"),
     "convert": (_convert, "Converting"),
+    "cpu-decode": (_cpu_decode, "Decoding on a CPU"),
     "quality": (_quality, "Quality"),
     "stream": (_stream, "Converting while downloading"),
 }

@@ -184,3 +184,21 @@ def test_what_a_gpu_gave(tmp_path: Path) -> None:
     assert "| int4, batch 1: weights read / copy bandwidth | 0.50 |" in text
     assert "| int4 / bf16, tokens/s at batch 1 | 2.50 |" in text
     assert "| int4 product / humming int4-g128, time, 1 to 16 rows, the worst | 0.80 |" in text
+
+
+def test_decoding_on_a_cpu_by_model(tmp_path: Path) -> None:
+    speeds = {
+        "int4": {"prefill": 160.0, "decode 1": 21.0},
+        "llama.cpp Q4_0": {"prefill": 80.0, "decode 1": 20.0},
+    }
+    summary = {
+        "tokens_per_second": speeds, "read_gb_per_second": {"huge pages": 33.5},
+        "int4 / llama.cpp Q4_0": {"prefill": 2.0, "decode 1": 1.05},
+    }  # fmt: skip
+    model = {**COMMON, "threads": 2, "summary": summary, "trials": [{"trial": 0}, {"trial": 2}]}
+    text = rendered(
+        tmp_path, decode={"benchmark": "cpu-decode", "models": {"first": model, "standin": model}}
+    )
+    assert text.count("| int4 | 160.0 | 21.0 |") == text.count("Commit 0123456789ab") == 2
+    assert "### standin\n\nTokens/s with 2 threads, medians of 3 rounds" in text
+    assert "| int4 / llama.cpp Q4_0 | 2.00 | 1.05 |" in text
