@@ -175,12 +175,12 @@ def _cpu_decode(result: Result, plot: Path) -> list[str]:
         speeds: dict[str, dict[str, float]] = found["summary"]["tokens_per_second"]
         tasks = list(next(iter(speeds.values())))
         read = ", ".join(
-            f"{rate:.1f} in {kind}" for kind, rate in found["summary"]["read_gb_per_second"].items()
+            f"{rate:.1f} GB/s in {kind}" for kind, rate in found["summary"]["read_gb_per_second"].items()
         )
         rounds = 1 + max(trial["trial"] for trial in found["trials"])
         parts.append(
             f"### {model}\n\nTokens/s with {found['threads']} threads, medians of {rounds} rounds; memory was read at "
-            f"{read} GB/s in the same minutes."
+            f"{read} in the same minutes."
         )
         rows = [["", *_task_names(tasks)]]
         rows += [[peer, *(f"{by_task[task]:.1f}" for task in tasks)] for peer, by_task in speeds.items()]

@@ -56,6 +56,10 @@ class Way(NamedTuple):
     exact: Tensor
 
 
+Make = Callable[[Tensor, int], Way]
+"""Of a weight, and of the bytes that its copies are to have together."""
+
+
 def measure(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
     """Microseconds, GB/s of weights, and TFLOP/s, by shape, rows and way; ``failed`` where there are none.
 
@@ -83,7 +87,7 @@ def measure(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _measured(
-    name: str, make: Callable[[Tensor, int], Way], weight: Tensor, nbytes: int, rows: tuple[int, ...]
+    name: str, make: Make, weight: Tensor, nbytes: int, rows: tuple[int, ...]
 ) -> Iterator[dict[str, Any]]:
     about = {"shape": list(weight.shape), "way": name}
     try:
@@ -166,9 +170,7 @@ def _bitsandbytes(weight: Tensor, nbytes: int) -> Way:
     return Way(size, weights, lambda x, w: bnb.matmul_4bit(x, w.t(), state), exact)
 
 
-_WAYS: dict[
-    str, Callable[[Tensor, int], Way]
-] = {  # what makes them of a weight, and of the bytes that copies have
+_WAYS: dict[str, Make] = {
     "bf16": _plain,
     **{name: partial(_packed, scheme, _linear, None) for name, scheme in SCHEMES.items()},
     "thudm int4-g128": partial(_packed, SCHEMES["int4-g128"], _as_thudm, None),
