@@ -316,12 +316,9 @@ def _loading(report: Mapping[str, Any], name: str, hub: str | None) -> Iterator[
         yield ""
         name = "OUT"
     if "transformers" in readers:
-        extra = (
-            ""
-            if report["recipe"]["format"] == "safetensors"
-            else " (`pip install transformers compressed-tensors`)"
-        )
-        yield f"transformers{extra}, without remote code:"
+        stored = report["recipe"]["format"]  # a quantized one has the name of the package that reads it
+        needed = ["transformers", *([] if stored == "safetensors" else [stored]), "accelerate"]
+        yield f"transformers (`pip install {' '.join(needed)}`), without remote code:"
         yield from _code("python", f"""
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -387,9 +384,12 @@ def _provenance(report: Mapping[str, Any]) -> Iterator[str]:
     yield from ("## Provenance", "")
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     yield f"Written by glmquant {report['glmquant']} ({versions}):"
-    commit = f"@{source['commit']}" if "commit" in source else ""
-    where = f"{source['repository']}{commit}" if "repository" in source else str(source.get("name", "SOURCE"))
+    where = "SOURCE"
+    if "repository" in source:
+        where = source["repository"] + (f"@{source['commit']}" if "commit" in source else "")
     yield from _code("", f"glmquant convert {where} OUT {options(report)}")
+    if "repository" not in source:
+        yield from ("`SOURCE`: the folder whose files have the hashes below.", "")
     yield f"`{REPORT}` has the error of every weight and the hash of every file; `glmquant verify` checks them."
     yield from ("", "| weights | SHA-256 |", "|---|---|")
     for title, files in (("read", source["files"]), ("written", report["files"])):

@@ -38,6 +38,6 @@ def options(report: Mapping[str, Any]) -> str:
         chosen += [f"--calibration {shlex.quote(calibration['text'])}"] if calibration["text"] else []
         chosen += [f"--calibration-windows {calibration['windows']}"]
     size = recipe.get("max_shard_size", Recipe.max_shard_size)
-    chosen += [f"--max-shard-size {size}"] if size != Recipe.max_shard_size else []
+    chosen += [f"--max-shard-size {size}B"] if size != Recipe.max_shard_size else []
     chosen += ["--adapter LORA"] if report["source"]["adapter"] else []
     return " ".join(chosen)

@@ -17,10 +17,10 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 
 def parse_size(text: str) -> int:
-    """Bytes from ``4GB`` (decimal), ``4GiB`` (binary) or a plain number.
+    """Bytes from ``4GB`` (decimal), ``4GiB`` (binary), or a plain number of them, of a MiB at least.
 
     Raises:
-        UsageError: not a size, or not positive.
+        UsageError: not a size, not positive, or a small number without a unit, where GiB will have been meant.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS:
@@ -29,6 +29,8 @@ def parse_size(text: str) -> int:
         size = int(float(match[1]) * _UNITS[match[2]])
     except OverflowError:
         raise UsageError(f"{text[:20]}... is more than any disk holds.") from None
+    if not match[2] and 0 < float(match[1]) < 2**20:
+        raise UsageError(f"{text!r} would be {size} bytes; write {match[1]}GiB (or {match[1]}GB).")
     if size <= 0:
         raise UsageError(f"the size {text!r} must be positive.")
     return size

@@ -94,11 +94,16 @@ def test_a_base_is_stated_only_where_it_is_known(tmp_path: Path) -> None:
     assert not {"base_model", "base_model_relation"} & data.keys()
     assert "the config.json of its source names `THUDM/chatglm3-6b`" in text
     assert "that of THUDM" not in text
+    assert "glmquant convert SOURCE OUT --bits 4" in text  # that name may not be what was converted
+    assert "`SOURCE`: the folder whose files have the hashes below." in text
     text = published_card(tmp_path / "out", "ms", repository="hf:me/tuned")
     assert not {"base_model", "base_model_relation"} & front(text).keys()
     assert "modelscope.cn/models/me/tuned" not in text
     assert "`hf:me/tuned`" in text
     assert front(published_card(tmp_path / "out", "hf"))["base_model"] == "me/tuned"
+    text = published_card(tmp_path / "out", commit="0123abcd")
+    assert "glmquant convert hf:me/tuned@0123abcd OUT" in text
+    assert "SOURCE" not in text
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ def test_a_base_is_stated_only_where_it_is_known(tmp_path: Path) -> None:
         (Recipe(format="gptq", gptq_version=2, method="rtn"), "INT4, groups of 128", "--gptq-version 2"),
         (Recipe(format="bitsandbytes"), "NF4, groups of 64", "--format bitsandbytes"),
         (Recipe(format="bitsandbytes", double_quant=True), "NF4, groups of 64, scales quantized too", "--double-quant"),
-        (Recipe(method="rtn", max_shard_size=700_000), "INT4", "--max-shard-size 700000"),
+        (Recipe(method="rtn", max_shard_size=700_000), "INT4", "--max-shard-size 700000B"),
     ],
     ids=["w8a8", "gptq-2", "nf4", "double-quant", "shards"],
 )  # fmt: skip
@@ -226,6 +231,23 @@ def test_it_names_what_can_load_the_folder(
     assert all(words in body for words in said)
     assert not [words for words in unsaid if words in body.replace("keeps quantized weights", "")]
     assert "llama.cpp reads GGUF files only" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "packages"),
+    [
+        (Recipe(method="rtn"), "transformers compressed-tensors accelerate"),
+        (Recipe(bits=16), "transformers accelerate"),
+        (Recipe(format="bitsandbytes"), "transformers bitsandbytes accelerate"),
+    ],
+    ids=["native", "16-bit", "nf4"],
+)
+def test_it_names_the_packages_that_its_code_needs(tmp_path: Path, recipe: Recipe, packages: str) -> None:
+    if recipe.format == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
+    _, text = card_of(tmp_path, source_of(tmp_path), recipe)
+    assert f"(`pip install {packages}`)" in text
+    assert 'device_map="auto"' in text  # which is what accelerate is for
 
 
 def test_chatglm_6b_and_a_budget(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_process_that_ends_is_a_failed_gate(
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, *ended))
     junit = tmp_path / "check.xml"
-    result = run("check", out, *CPU, "--max-file-size", "1", "--junit", junit)
+    result = run("check", out, *CPU, "--max-file-size", "1B", "--junit", junit)
     assert result.exit_code == 1, result.output
     assert said in result.stdout
     assert [name for name, _ in failed(junit)] == ["memory, measured", "largest file"]

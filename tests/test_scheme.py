@@ -166,7 +166,7 @@ def test_rows_dequantize_alone(tensor: QuantizedTensor, data: st.DataObject) -> 
         (" 500MB ", 500 * 10**6),
         ("2kib", 2048),
         (".5MB", 500_000),
-        ("1000", 1000),
+        ("1048576", 1 << 20),
         ("12b", 12),
     ],
 )
@@ -177,6 +177,13 @@ def test_sizes(text: str, nbytes: int) -> None:
 @pytest.mark.parametrize("text", ["", "GB", "4XB", "-4GB", "4 4GB", "1e9", "nan", "0", "0.2b", "４GB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["6", " 8 ", "0.5", "1000", "1048575"])
+def test_a_small_number_wants_a_unit(text: str) -> None:
+    """Who writes --vram 6 means 6 GiB, and would be told that nothing fits into 6 bytes."""
+    with pytest.raises(UsageError, match=rf"{re.escape(repr(text))} would be \d+ bytes; write .*GiB \(or .*GB\)"):
         parse_size(text)
 
 
