@@ -134,7 +134,10 @@ def test_the_pipelines_in_the_documentation_work(name: str, source: Path, tmp_pa
         script = "\n".join(job["script"])
         assert job["artifacts"]["reports"]["junit"] in script
     if name != "check.sh":
-        assert job.get("env", job.get("variables")).keys() == {"MODEL", "OUT"}
+        named = job.get("env", job.get("variables"))
+        assert named.keys() == {"MODEL", "OUT", "GLMQUANT"}
+        assert 'pip install "$GLMQUANT"' in script  # no index has a package of that name
+        assert named["GLMQUANT"].startswith(("./", "git+"))
     places = {"MODEL": str(source), "OUT": "out", "PATH": glmquant_on_path(tmp_path / "bin")}
     script = re.sub(r"^pip install .*$", "", script, flags=re.M).replace("--context 2048", "--context 128")
     done = run_script(script, tmp_path, places)
