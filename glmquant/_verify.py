@@ -16,7 +16,7 @@ from ._open import PathLike, open_source
 from .checkpoint.files import check_inside, read_json
 from .checkpoint.output import REPORT
 from .checkpoint.source import TensorSource, open_folder
-from .errors import SourceError, UsageError, VerificationError
+from .errors import SourceError, UnsafeFileError, UsageError, VerificationError
 from .families import Dims, Family, LayoutTensor, Role
 from .formats import Format, StoredWeight, blocks, read_rows
 from .plan import Plan
@@ -180,6 +180,9 @@ def _check_hashes(folder: Path, result: Verification) -> dict[str, Any]:
             check_inside(folder, name, REPORT)
         bool(report["source"]["adapter"])
         [float(entry.get("relative_error", 0)) for entry in report["tensors"].values()]
+    except UnsafeFileError as error:
+        result.problems.append(str(error))
+        return {}
     except (SourceError, AttributeError, KeyError, TypeError, ValueError):
         result.problems.append(f"{REPORT} is damaged; nothing could be compared with it.")
         return {}

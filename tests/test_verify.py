@@ -275,7 +275,6 @@ def test_changed_copy_is_named_against_the_source(source: Path, folder: Path) ->
         "{}",
         '{"files": 3}',
         '{"files": {"config.json": {}}}',
-        '{"files": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}',
     ],
 )
 def test_damaged_report(folder: Path, report: str) -> None:
@@ -287,6 +286,23 @@ def test_damaged_report(folder: Path, report: str) -> None:
 
 
 # Not a problem of the folder, but of the question
+
+
+def test_a_report_that_names_a_file_outside(folder: Path) -> None:
+    (folder / REPORT).write_text('{"files": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}')
+    (problem,) = verify(folder).problems
+    assert problem.startswith(
+        f"{REPORT} names '../../etc/passwd', which is outside {folder}; nothing was read."
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "*.safetensors"])
+def test_a_link_out_of_the_folder_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+    path = min(folder.glob(name))
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    (problem,) = verify(folder).problems
+    assert problem.startswith(f"{path} is a link to {tmp_path / 'elsewhere'}, outside the checkpoint folder")
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
