@@ -237,6 +237,15 @@ def test_nobody_answers(hub: str) -> None:
         glmquant.download(f"{hub}:org/model", endpoint="http://127.0.0.1:1")
 
 
+def test_what_is_not_fetched_is_not_said_to_be_kept(server: HubServer, source: Path) -> None:
+    server.add("org/model").commit_folder(source)
+    server.faults += [Fault(SHARD, status=400, times=100)]
+    for use, kept in ((glmquant.inspect, False), (glmquant.download, True)):
+        with pytest.raises(HubError, match="run the same command again") as caught:
+            use("hf:org/model")
+        assert ("what has been fetched is kept" in str(caught.value)) == kept
+
+
 def test_without_room_nothing_is_fetched(server: HubServer, ref: str) -> None:
     server.repositories["org/model"].listing[SHARD] = {"size": 1 << 49}
     with pytest.raises(OutputError, match=r"needs 524288.* GiB.*free"):

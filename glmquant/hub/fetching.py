@@ -149,6 +149,7 @@ def fetch_all(
         HubError: the hub does not give what it lists.
         OutputError: there is not enough room, or a file of somebody's own in the way.
     """
+    repository.note_kept()
     files = [repository.files[name] for name in names]
     here = {f.name for f in files if folder is None and repository.cached(f.name) is not None}
     if folder is not None:

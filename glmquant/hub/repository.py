@@ -68,6 +68,10 @@ class Repository(ABC):
         self.commit = ""
         self.files: Mapping[str, RemoteFile] = {}
         self._whole: dict[Path, tuple[RemoteFile, int, bool]] = {}
+        self.advice = "run the same command again"
+
+    def note_kept(self) -> None:
+        """From now on what is fetched stays, in the client's cache or in a folder."""
         self.advice = "run the same command again to go on: what has been fetched is kept"
 
     @property

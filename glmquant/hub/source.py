@@ -78,6 +78,7 @@ class HubSource:
                 "everything is fetched again"
             )
         else:
+            self.repository.note_kept()
             check_room(self.missing_bytes, self.folder)
 
     @property
