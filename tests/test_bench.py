@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from helpers_models import expected
 from helpers_sources import CHATGLM2, random_tensors, write_model
 
 import glmquant
-from glmquant import Recipe
+from glmquant import Recipe, UsageError
 from glmquant.bench import harness, report
 from glmquant.bench.cases import Candidate, Result, Trial, Workload
 from glmquant.bench.runtimes import RUNTIMES
@@ -73,6 +75,31 @@ def test_peers_that_are_installed(models: dict[str, Path], runtime: str) -> None
     assert not found.equal(wanted)  # it is quantized
     error = (found - wanted).norm() / wanted.norm()
     assert error < (0.2 if "nf4" in runtime else 0.02)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "install"), [("torchao-int8", "torchao"), ("bitsandbytes-nf4", "'glmquant[bnb]'")]
+)
+def test_a_peer_that_is_not_installed(
+    models: dict[str, Path], runtime: str, install: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = runtime.partition("-")[0]
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Absent(package), *sys.meta_path])
+    with pytest.raises(UsageError, match=rf"^needs {package}: pip install {re.escape(install)}$"):
+        RUNTIMES[runtime](Candidate(str(models["source"]), device="cpu", dtype="float32"))
+
+
+class _Absent:
+    """An import hook that finds a package nowhere."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=self.package)
 
 
 def test_the_command_line_knows_every_peer() -> None:

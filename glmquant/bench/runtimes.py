@@ -7,6 +7,7 @@ or cannot take the weights, raises, and becomes a row that says so.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -69,8 +70,7 @@ def _unpacked(candidate: Candidate) -> Any:
 
 def _bitsandbytes(kind: str) -> Callable[[Candidate], Any]:
     def build(candidate: Candidate) -> Any:
-        import bitsandbytes as bnb
-
+        bnb = _package("bitsandbytes", "'glmquant[bnb]'")
         model = _unpacked(candidate)
         head, dtype, device = model.get_output_embeddings(), model.dtype, model.device
 
@@ -94,16 +94,22 @@ def _bitsandbytes(kind: str) -> Callable[[Candidate], Any]:
 
 
 def _torchao(candidate: Candidate) -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+    torchao = _package("torchao.quantization", "torchao")
     model = _unpacked(candidate)
     head = model.get_output_embeddings()
-    quantize_(
+    torchao.quantize_(
         model,
-        Int8WeightOnlyConfig(),
+        torchao.Int8WeightOnlyConfig(),
         filter_fn=lambda module, name: isinstance(module, nn.Linear) and module is not head,
     )
     return model
+
+
+def _package(module: str, install: str) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"needs {error.name}: pip install {install}") from None
 
 
 def _replace(model: nn.Module, kind: type[nn.Module], new: Callable[[Any], nn.Module]) -> int:
