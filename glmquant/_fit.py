@@ -196,6 +196,9 @@ def _too_small(recipe: Recipe, smallest: Model, workload: Workload, budget: int,
     longest = longest_context(smallest, workload, budget)
     if longest:
         advice.append(f"lower --context to {longest} or less")
+    elif workload.context > 1:
+        shortest = estimate(smallest, replace(workload, context=1)).peak
+        advice.append(f"lower --context as well (with 1 token it takes {show_size(shortest)})")
     if workload.batch > 1:
         advice.append("lower --batch")
     ends = [

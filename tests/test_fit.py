@@ -175,10 +175,13 @@ def test_all_in_16_bit_needs_no_calibration() -> None:
 
 
 def test_a_budget_below_the_smallest(source: Path, tmp_path: Path, run: Any) -> None:
-    with pytest.raises(
-        DoesNotFitError, match=r"at the smallest, and the budget is 100\.00 MiB; raise the budget, or add"
-    ):
+    """No context makes it fit, and a shorter one takes less all the same."""
+    words = r"at the smallest, and the budget is 100\.00 MiB; raise the budget, or "
+    shorter = r"lower --context as well \(with 1 token it takes [0-9.]+ GiB\), or add --quantize-head"
+    with pytest.raises(DoesNotFitError, match=words + shorter):
         convert(source, tmp_path / "out", Recipe(fit=Fit(100 * MIB, 256)))
+    with pytest.raises(DoesNotFitError, match=f"{words}add --quantize-head"):
+        convert(source, tmp_path / "out", Recipe(fit=Fit(100 * MIB, 1)))
     result = run("convert", source, tmp_path / "out", "--fit", "100MiB", "--context", "256")
     assert result.exit_code == 1
     assert not (tmp_path / "out").exists()
