@@ -115,6 +115,7 @@ def test_convert(run: Run, source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     report = json.loads((out / REPORT).read_text())
     assert re.search(rf"^written +{out}$", result.stdout, re.M)
+    assert re.search("^format +compressed-tensors, native layout$", result.stdout, re.M)
     summary = report["summary"]
     assert f"{summary['bits_per_weight']} bits per weight" in result.stdout
     assert f"{summary['worst_relative_error']:.4f} worst ({summary['worst_tensor']})" in result.stdout
@@ -217,7 +218,9 @@ def test_sizes(run: Run, source: Path, tmp_path: Path, text: str, size: int) -> 
     assert plan["recipe"]["max_shard_size"] == size
 
 
-@pytest.mark.parametrize("text", ["rubbish", "4XB", "", "-4GB", "4GB5", "0", "0GB", "1e9", "4,5GB", "GB", "4"])
+@pytest.mark.parametrize(
+    "text", ["rubbish", "4XB", "", "-4GB", "4GB5", "0", "0GB", "1e9", "4,5GB", "GB", "4"]
+)
 def test_rubbish_sizes(run: Run, source: Path, tmp_path: Path, text: str) -> None:
     result = run("convert", source, tmp_path / "out", f"--max-shard-size={text}")
     assert repr(text) in the_error(result)

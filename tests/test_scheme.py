@@ -183,7 +183,9 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["6", " 8 ", "0.5", "1000", "1048575"])
 def test_a_small_number_wants_a_unit(text: str) -> None:
     """Who writes --vram 6 means 6 GiB, and would be told that nothing fits into 6 bytes."""
-    with pytest.raises(UsageError, match=rf"{re.escape(repr(text))} would be \d+ bytes; write .*GiB \(or .*GB\)"):
+    with pytest.raises(
+        UsageError, match=rf"{re.escape(repr(text))} would be \d+ bytes; write .*GiB \(or .*GB\)"
+    ):
         parse_size(text)
 
 

@@ -59,6 +59,7 @@ def _group_size(ctx: click.Context, param: click.Parameter, value: str | None) -
     "--format",
     "format_",
     type=click.Choice(["compressed-tensors", "cpm", "gptq", "bitsandbytes", "gguf", "safetensors"]),
+    help="How the weights are stored.  [default: compressed-tensors; cpm for ChatGLM-6B; safetensors with --bits 16]",
 )
 @click.option(
     "--gguf-type",
@@ -211,6 +212,7 @@ def convert(
     ratio = summary["source_bytes"] / summary["bytes"]
     rows = [
         ("written", f"{result.out}"),
+        ("format", f"{result.plan.recipe.format}, {result.plan.recipe.layout} layout"),
         (
             "size",
             f"{show_size(summary['bytes'])}, {ratio:.2f} times smaller, {summary['bits_per_weight']} bits per weight",
