@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,29 @@ def render(results: Path, plots: Path) -> str:
     """The text of the report; writes its plots into the folder `plots`."""
     parts = [_TITLE]
     for path in sorted(results.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        kind = str(result.get("benchmark"))
-        section, verb = SECTIONS.get(kind, (_summary, kind))
-        plot = plots / f"{path.stem}.svg"
-        plot.unlink(missing_ok=True)
-        parts += [f"## {verb}: {result.get('model', path.stem)}", *section(result, plot)]
-        if plot.exists():
-            parts.append(f"![{path.stem}]({plots.name}/{plot.name})")
-        if "models" not in result:  # which say each where it was measured
-            parts.append(_where(result, path))
+        for name, result in _results(path):
+            kind = str(result.get("benchmark"))
+            section, verb = SECTIONS.get(kind, (_summary, kind))
+            plot = plots / f"{name}.svg"
+            plot.unlink(missing_ok=True)
+            note = str(result.get("note", ""))
+            short = f" ({note.partition(' (')[0]})" if note else ""
+            parts += [f"## {verb}: {result.get('model', name)}{short}", *section(result, plot)]
+            if plot.exists():
+                parts.append(f"![{name}]({plots.name}/{plot.name})")
+            parts += [f"Note: {note}."] * bool(note) + [_where(result, path)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _results(path: Path) -> Iterator[tuple[str, Result]]:
+    """What a file holds, each with a name for its plot: one result, or one for each of several models."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if "models" not in result:
+        yield path.stem, result
+        return
+    for model, found in result["models"].items():
+        name = path.stem if len(result["models"]) == 1 else f"{path.stem}-{model}"
+        yield name, {**found, "benchmark": result["benchmark"], "model": model}
 
 
 def _where(result: Result, path: Path) -> str:
@@ -114,10 +126,106 @@ def _stream(result: Result, plot: Path) -> list[str]:
             f"{found['peak_memory'] / 2**20:.0f}",
         ]
         rows.append([name, *cells])
+    figure, axes = _figure()
+    for place, name in enumerate(result["median"]):
+        seconds = [trial[name]["seconds"] for trial in result["trials"]]
+        middle = statistics.median(seconds)
+        axes.barh(
+            place, middle, xerr=[[middle - min(seconds)], [max(seconds) - middle]], capsize=3, color="C0"
+        )
+    axes.set_yticks(range(len(result["median"])), list(result["median"]))
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    _save(figure, plot)
     rate, size = result["rate_bytes_per_second"] / 1e6, result["source_bytes"] / 1e9
     trials = len(result["trials"])
     text = f"{size:.1f} GB from a hub on the same machine that sends {rate:.0f} MB/s, medians of {trials} trials."
     return [text, _markdown(rows)]
+
+
+def serve_table(result: Result) -> list[list[str]]:
+    """By clients at a time, our server beside llama.cpp's, or alone; README has the same rows."""
+    servers = list(dict.fromkeys(row["server"] for row in result["rows"]))
+    rows = [["clients", "requests"]]
+    for what in (
+        "tokens per second",
+        "first token, median",
+        "between tokens, median",
+        "same answer as alone",
+    ):
+        rows[0] += [what, *servers[1:]]
+    for clients in dict.fromkeys(row["clients"] for row in result["rows"]):
+        here = [row for row in result["rows"] if row["clients"] == clients]
+        cells = [f"{clients}", f"{here[0]['requests']}"]
+        cells += [f"{row['tokens_per_second']:.0f}" for row in here]
+        cells += [f"{row['first_token_median']:.2f} s" for row in here]
+        cells += [f"{1000 * row['between_tokens_median']:.0f} ms" for row in here]
+        rows.append(cells + [f"{row['same']} of {row['requests']}" for row in here])
+    return rows
+
+
+def _serve(result: Result, plot: Path) -> list[str]:
+    figure, axes = _figure()
+    for server in dict.fromkeys(row["server"] for row in result["rows"]):
+        found = [row for row in result["rows"] if row["server"] == server]
+        speeds = [row["tokens_per_second"] for row in found]
+        axes.plot([row["clients"] for row in found], speeds, marker="o", label=server)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("clients at a time")
+    axes.set_ylabel("tokens per second of all together")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    _save(figure, plot)
+    lost, mixed = (sum(row[key] for row in result["rows"]) for key in ("lost", "mixed_up"))
+    text = (
+        f"Answers of {result['new_tokens']} tokens, {result['slots']} slots of {result['context']} tokens, "
+        f"{result['threads']} threads. Weights: {result['weights']}. Beside it: {result['peer']}. Requests lost: "
+        f"{lost}; answered with another's answer: {mixed}."
+    )
+    return [text, _markdown(serve_table(result))]
+
+
+_TASKS = {"prefill": "prompt of 256", "decode 1": "1 sequence", "decode 4": "4 sequences"}
+_PEERS = {"int4": "INT4, groups of 128", "int8": "INT8, groups of 128", "bf16": "bfloat16, PyTorch"}
+
+
+def decode_table(result: Result) -> list[list[str]]:
+    """Tokens per second of every peer, and ratios below each pair of them; README has the same rows."""
+    summary = result["summary"]
+    speeds: dict[str, dict[str, float]] = summary["tokens_per_second"]
+    tasks = list(next(iter(speeds.values())))
+    rows = [["tokens per second", *(_TASKS.get(task, task) for task in tasks)]]
+    ratios = {key: value for key, value in summary.items() if " / " in key}
+    order = [peer for pair in ratios for peer in (*pair.split(" / "), pair)]
+    for name in [*order, *(peer for peer in speeds if peer not in order)]:
+        label = "ratio within a round" if name in ratios else _PEERS.get(name, name)
+        found = ratios.get(name) or speeds[name]
+        rows.append([label, *(f"{found[task]:.{2 if name in ratios else 1}f}" for task in tasks)])
+    return rows
+
+
+def _cpu_decode(result: Result, plot: Path) -> list[str]:
+    summary = result["summary"]
+    figure, axes = _figure()
+    speeds: dict[str, dict[str, float]] = summary["tokens_per_second"]
+    tasks = list(next(iter(speeds.values())))
+    width = 0.8 / len(speeds)
+    for number, (peer, found) in enumerate(speeds.items()):
+        places = [place + (number - (len(speeds) - 1) / 2) * width for place in range(len(tasks))]
+        axes.bar(places, [found[task] for task in tasks], width, label=_PEERS.get(peer, peer))
+    axes.set_xticks(range(len(tasks)), [_TASKS.get(task, task) for task in tasks])
+    axes.set_ylabel("tokens per second")
+    axes.set_yscale("log")
+    axes.legend(fontsize=7)
+    _save(figure, plot)
+    trials = max(trial["trial"] for trial in result["trials"]) + 1
+    rates = [["weights read at batch 1", "GB/s"]]
+    rates += [[f"machine, {kind}", f"{rate:.1f}"] for kind, rate in summary["read_gb_per_second"].items()]
+    for peer in speeds:
+        if read := summary.get(f"{peer}, weights read at batch 1"):
+            rates.append([_PEERS.get(peer, peer), f"{read['gb_per_second']:.1f}"])
+    text = f"{result['threads']} threads, medians of {trials} rounds, in which all take turns."
+    return [text, _markdown(decode_table(result)), _markdown(rates)]
 
 
 def _quality(result: Result, plot: Path) -> list[str]:
@@ -169,33 +277,6 @@ def _summary(result: Result, plot: Path) -> list[str]:
     return [_markdown(rows)] if len(rows) > 1 else []
 
 
-def _cpu_decode(result: Result, plot: Path) -> list[str]:
-    parts = []
-    for model, found in result["models"].items():
-        speeds: dict[str, dict[str, float]] = found["summary"]["tokens_per_second"]
-        tasks = list(next(iter(speeds.values())))
-        read = ", ".join(
-            f"{rate:.1f} GB/s in {kind}" for kind, rate in found["summary"]["read_gb_per_second"].items()
-        )
-        rounds = 1 + max(trial["trial"] for trial in found["trials"])
-        parts.append(
-            f"### {model}\n\nTokens/s with {found['threads']} threads, medians of {rounds} rounds; memory was read at "
-            f"{read} in the same minutes."
-        )
-        rows = [["", *_task_names(tasks)]]
-        rows += [[peer, *(f"{by_task[task]:.1f}" for task in tasks)] for peer, by_task in speeds.items()]
-        for key, ratio in found["summary"].items():
-            if " / " in key:
-                rows.append([key, *(f"{ratio[task]:.2f}" for task in tasks)])
-        parts += [_markdown(rows), _where(found, Path("cpu-decode.json"))]
-    return parts
-
-
-def _task_names(tasks: list[str]) -> list[str]:
-    names = {"prefill": "prompt of 256", "decode 1": "1 sequence", "decode 4": "4 sequences"}
-    return [names.get(task, task) for task in tasks]
-
-
 def _gpu(result: Result, plot: Path) -> list[str]:
     return [part if isinstance(part, str) else _markdown(part) for part in report_gpu.tables(result)]
 
@@ -206,6 +287,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "convert": (_convert, "Converting"),
     "cpu-decode": (_cpu_decode, "Decoding on a CPU"),
     "quality": (_quality, "Quality"),
+    "serve": (_serve, "Serving"),
     "stream": (_stream, "Converting while downloading"),
 }
 

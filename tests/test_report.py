@@ -39,6 +39,68 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path: Path) -
     assert set(re.findall(r"\(plots/(.*?)\)", fresh)) == made
 
 
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_tables_in_the_readme_are_those_of_the_results(readme: str) -> None:
+    results, text = report.HERE / "results", (report.HERE.parent / readme).read_text(encoding="utf-8")
+    served = report.serve_table(json.loads((results / "serve.json").read_text()))[1:]
+    decoded = json.loads((results / "cpu-decode.json").read_text())["models"]["chatglm3-6b-8-layers"]
+    rows = served + (report.decode_table(decoded)[1:] if readme == "README.md" else [])
+    assert len(rows) > 3
+    for row in rows:
+        assert f"| {' | '.join(row)} |\n" in text, "copy the table of benchmarks/REPORT.md"
+
+
+def test_every_section_has_a_title_of_its_own_and_a_plot() -> None:
+    _, *sections = re.split("^## ", (report.HERE / "REPORT.md").read_text(encoding="utf-8"), flags=re.M)
+    titles = [section.partition("\n")[0] for section in sections]
+    assert len(set(titles)) == len(titles) >= len(list(report.HERE.glob("results/*.json")))
+    for section in sections:
+        assert "![" in section
+        assert "|---|" in section
+        assert "unknown" not in section
+
+
+def test_servers_are_side_by_side_with_what_they_got_wrong(tmp_path: Path) -> None:
+    row = {
+        "clients": 4, "requests": 8, "tokens_per_second": 57.46, "first_token_median": 0.1241,
+        "between_tokens_median": 0.0618, "lost": 1, "same": 7, "mixed_up": 0,
+    }  # fmt: skip
+    result = {
+        "benchmark": "serve", "model": "m", "weights": "INT4", "peer": "theirs", "slots": 16, "context": 512,
+        "new_tokens": 32, "threads": 2, "rows": [{"server": "glmquant", **row}, {"server": "theirs", **row, "same": 8}],
+    }  # fmt: skip
+    text = rendered(tmp_path, serve=result)
+    assert "## Serving: m" in text
+    assert "| 4 | 8 | 57 | 57 | 0.12 s | 0.12 s | 62 ms | 62 ms | 7 of 8 | 8 of 8 |" in text
+    assert "Requests lost: 2; answered with another's answer: 0." in text
+    assert b"clients at a time" in (tmp_path / "plots" / "serve.svg").read_bytes()
+    alone = rendered(tmp_path, serve={**result, "rows": result["rows"][:1]})
+    assert "| 4 | 8 | 57 | 0.12 s | 62 ms | 7 of 8 |" in alone
+
+
+def test_decoding_of_several_models_is_a_section_each(tmp_path: Path) -> None:
+    speeds = {"prefill": 161.8, "decode 1": 21.1, "decode 4": 49.4}
+    one = {
+        **COMMON, "threads": 2, "trials": [{"trial": 2}],
+        "summary": {
+            "tokens_per_second": {"int4": speeds, "bf16": speeds, "llama.cpp Q4_0": speeds},
+            "read_gb_per_second": {"huge pages": 33.5},
+            "int4 / llama.cpp Q4_0": {"prefill": 1.76, "decode 1": 0.974, "decode 4": 1.0},
+            "int4, weights read at batch 1": {"gb_per_second": 29.0},
+        },
+    }  # fmt: skip
+    text = rendered(tmp_path, decode={"benchmark": "cpu-decode", "models": {"a": one, "b": one}})
+    assert "## Decoding on a CPU: a" in text
+    assert "## Decoding on a CPU: b" in text
+    speeds_shown = "161.8 | 21.1 | 49.4 |\n"
+    assert (
+        f"| INT4, groups of 128 | {speeds_shown}| llama.cpp Q4_0 | {speeds_shown}"
+        f"| ratio within a round | 1.76 | 0.97 | 1.00 |\n| bfloat16, PyTorch | {speeds_shown}"
+    ) in text
+    assert "| INT4, groups of 128 | 29.0 |" in text
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"decode-a.svg", "decode-b.svg"}
+
+
 def test_the_memory_of_committed_runs_was_predicted() -> None:
     """Resident memory on a CPU within 5 %, torch's peak on a GPU within 3 %."""
     compared = 0
@@ -184,21 +246,3 @@ def test_what_a_gpu_gave(tmp_path: Path) -> None:
     assert "| int4, batch 1: weights read / copy bandwidth | 0.50 |" in text
     assert "| int4 / bf16, tokens/s at batch 1 | 2.50 |" in text
     assert "| int4 product / humming int4-g128, time, 1 to 16 rows, the worst | 0.80 |" in text
-
-
-def test_decoding_on_a_cpu_by_model(tmp_path: Path) -> None:
-    speeds = {
-        "int4": {"prefill": 160.0, "decode 1": 21.0},
-        "llama.cpp Q4_0": {"prefill": 80.0, "decode 1": 20.0},
-    }
-    summary = {
-        "tokens_per_second": speeds, "read_gb_per_second": {"huge pages": 33.5},
-        "int4 / llama.cpp Q4_0": {"prefill": 2.0, "decode 1": 1.05},
-    }  # fmt: skip
-    model = {**COMMON, "threads": 2, "summary": summary, "trials": [{"trial": 0}, {"trial": 2}]}
-    text = rendered(
-        tmp_path, decode={"benchmark": "cpu-decode", "models": {"first": model, "standin": model}}
-    )
-    assert text.count("| int4 | 160.0 | 21.0 |") == text.count("Commit 0123456789ab") == 2
-    assert "### standin\n\nTokens/s with 2 threads, medians of 3 rounds" in text
-    assert "| int4 / llama.cpp Q4_0 | 2.00 | 1.05 |" in text
