@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from helpers_convert import small_source
 from torch import Tensor
 from torch.nn import functional
 
+import glmquant
 from glmquant import QuantizedTensor, Scheme, UsageError, _native, ops
 from glmquant.ops import choice, reference
 from glmquant.packing import pack_int32
@@ -180,6 +184,14 @@ def test_scales_that_are_no_numbers_show_in_their_row_alone(implementation: choi
     sound = [row for row in range(37) if row not in (3, 30)]
     assert torch.equal(found[:, sound], expected[:, sound])
     assert not bool(found[:, [3, 30]].isfinite().any())
+
+
+def test_the_readme_asks_which_kernel_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = [text for text in re.findall("```python\n(.*?)```", readme, re.S) if "ops.explain" in text]
+    glmquant.convert(small_source(tmp_path / "source"), tmp_path / "out", glmquant.Recipe(method="rtn"))
+    exec(code, {"glmquant": glmquant, "torch": torch, "model": glmquant.load(tmp_path / "out", "cpu")})
+    assert capsys.readouterr().out.endswith(": used\n")
 
 
 def test_the_choice_explains_itself(monkeypatch: pytest.MonkeyPatch) -> None:
