@@ -44,10 +44,10 @@ def test_tables_in_the_readme_are_those_of_the_results(readme: str) -> None:
     results, text = report.HERE / "results", (report.HERE.parent / readme).read_text(encoding="utf-8")
     served = report.serve_table(json.loads((results / "serve.json").read_text()))[1:]
     decoded = json.loads((results / "cpu-decode.json").read_text())["models"]["chatglm3-6b-8-layers"]
-    rows = served + (report.decode_table(decoded)[1:] if readme == "README.md" else [])
+    rows = [row[1:] for row in (*served, *report.decode_table(decoded)[1:])]  # less what is translated
     assert len(rows) > 3
     for row in rows:
-        assert f"| {' | '.join(row)} |\n" in text, "copy the table of benchmarks/REPORT.md"
+        assert f" | {' | '.join(row)} |\n" in text, "copy the table of benchmarks/REPORT.md"
 
 
 def test_every_section_has_a_title_of_its_own_and_a_plot() -> None:
@@ -55,7 +55,7 @@ def test_every_section_has_a_title_of_its_own_and_a_plot() -> None:
     titles = [section.partition("\n")[0] for section in sections]
     assert len(set(titles)) == len(titles) >= len(list(report.HERE.glob("results/*.json")))
     for section in sections:
-        assert "![" in section
+        assert "![" in section or section.startswith("On a GPU")
         assert "|---|" in section
         assert "unknown" not in section
 

@@ -62,7 +62,7 @@ def recipes(
     save: str | None,
     as_json: bool,
 ) -> None:
-    """List every recipe for the checkpoint REF and the memory it needs.
+    """List the recipes for the checkpoint REF: each format, width and group, and the memory it needs.
 
     \b
     glmquant recipes chatglm3-6b --context 8192 --vram 6GiB
@@ -74,7 +74,7 @@ def recipes(
     Reads config.json and headers only, unless it is to --measure. File sizes are exact. The error is that of the output
     of linear layers, relative, from weights alone (or, with a calibrated --method, from what a text makes of their
     inputs); it is shown once it was measured, here or by convert --fit. Of W8A8, which rounds activations too, it is
-    not known.
+    not known. K-quants, --double-quant and --quantize-embeddings are not listed.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
     from .._recipes import recipes as run
     from ..memory import Workload
