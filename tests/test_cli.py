@@ -109,6 +109,11 @@ def test_inspect_json(run: Run, source: Path, converted: Path) -> None:
     assert found["kv_cache_bytes"] == {"256": 2 * 2 * 2 * 32 * 256 * 2}
 
 
+def test_the_help_has_the_default_format(run: Run) -> None:
+    shown = " ".join(run("convert", "--help").stdout.split())
+    assert "[default: compressed-tensors; cpm for ChatGLM-6B; safetensors with --bits 16]" in shown
+
+
 def test_convert(run: Run, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run("convert", source, out)
