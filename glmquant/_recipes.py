@@ -132,7 +132,7 @@ def possible_recipes(source: TensorSource, wanted: Recipe | None = None) -> Iter
         for recipe in _combinations(name, fmt.abilities):
             if wanted.method in fmt.abilities.methods and recipe.bits != 16:
                 recipe = replace(recipe, method=wanted.method, calibration=wanted.calibration)
-            for head in {wanted.quantize_head and recipe.bits != 16, False}:
+            for head in (True, False) if wanted.quantize_head and recipe.bits != 16 else (False,):
                 try:
                     yield make_plan(source, replace(recipe, quantize_head=head)).recipe
                     break

@@ -60,6 +60,25 @@ def test_recipes_table(run: Run, source: Path) -> None:
     assert "note: plain transformers unpacks" in result.stdout
 
 
+def test_recipes_with_a_quantized_head(run: Run, source: Path) -> None:
+    """Where a format has that; a size that is smaller by half the head, less its scales."""
+    options = ("recipes", source, "--context", "256", "--json")
+    plain, ends = (
+        {row["name"]: row for row in json.loads(run(*options, *more).stdout)["recipes"]}
+        for more in ([], ["--quantize-head"])
+    )
+    assert ends["compressed-tensors int4 g128, head int8"]["recipe"]["quantize_head"] is True
+    head = 320 * 128
+    saved = (
+        plain["compressed-tensors int4 g128"]["file_bytes"]
+        - ends["compressed-tensors int4 g128, head int8"]["file_bytes"]
+    )
+    assert 0.8 * head < saved < head
+    assert "cpm int4 row" in ends  # which has none
+    assert "safetensors 16 bit" in ends
+    assert len(plain) == len(ends)
+
+
 def test_recipes_say_which_groups_sharded_widths_admit(run: Run, source: Path) -> None:
     result = run("recipes", source, "--context", "256", "--tp", "2")
     assert result.exit_code == 0, result.output
