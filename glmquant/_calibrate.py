@@ -15,19 +15,19 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import families, formats
+from ._kept import KeptTensors
 from ._open import OpenedSource
 from ._windows import CALIBRATION_SAMPLE, cut, read_text
 from .checkpoint.source import TensorInfo
-from .errors import OutputError, QuantizationError
+from .errors import QuantizationError
 from .families import TensorSpec
 from .models.blocks import BlockwiseModel
 from .models.building import Checkpoint
@@ -132,7 +132,8 @@ class Calibrator:
         self._checkpoint = Checkpoint(source, family, plan.dims, formats.get("safetensors"), {})
         dtype = torch.float32 if device.type == "cpu" else compute_dtype(None, self._checkpoint)
         self._model = BlockwiseModel(self._checkpoint, dtype, device)
-        self._text, self._quantizer, self._kept, self._told = text, quantizer, kept, told
+        self._text, self._quantizer, self._told = text, quantizer, told
+        self._kept = KeptTensors(kept)
         self._schemes = {
             item.source: item.scheme for item in plan.items if item.scheme is not None and not item.carried
         }
@@ -144,6 +145,7 @@ class Calibrator:
         self._states: list[Tensor] = []
         self._options: dict[str, Any] = {}
         self._window = 0  # at which the block is
+        self._resumable = self._last_kept(plan.dims.layers)
 
     def prepared(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """The tasks, those of linear layers with what they are quantized to. Takes one block at a time."""
@@ -161,15 +163,14 @@ class Calibrator:
         """Be done with the blocks up to `layer`, and hold what it is quantized to."""
         while self._layer < layer:
             following = self._layer + 1
-            file = self._kept / f"layer-{following}.safetensors"
-            if self._resumable() >= following:
-                self._found = self._read(file, following)
+            if self._resumable >= following:
+                self._found = self._read(following)
             else:
                 with self._all_threads(), torch.no_grad():
                     if not self._states:
                         self._restore(following)
                     self._found = self._quantized(following)
-                    self._keep(following, file)
+                    self._keep(following)
             self._layer = following
 
     @contextmanager
@@ -269,10 +270,12 @@ class Calibrator:
 
     # what is kept
 
-    def _resumable(self) -> int:
-        """The last block after which there are activations to go on from; -1 if there are none."""
-        found = [int(path.stem.rpartition("-")[2]) for path in self._kept.glob("states-*.safetensors")]
-        return max(found, default=-1)
+    def _last_kept(self, layers: int) -> int:
+        """The last block after which there are activations to go on from, it and all before it being whole; -1 if
+        there are none.
+        """
+        whole = takewhile(lambda layer: self._kept.is_whole(f"layer-{layer}"), range(layers))
+        return max((layer for layer in whole if self._kept.is_whole(f"states-{layer}")), default=-1)
 
     def _restore(self, layer: int) -> None:
         """Have what `layer` is given."""
@@ -281,24 +284,22 @@ class Calibrator:
             self._text.ids if layer == 0 else self._text.ids[:1]
         )
         if layer > 0:
-            stored = load_file(self._kept / f"states-{layer - 1}.safetensors")["states"]
-            self._states = list(stored.to(self._model.device).split(1))
+            stored = self._kept.load(f"states-{layer - 1}")["states"]
+            self._states = list(stored.to(self._model.device).unsqueeze(1))
 
-    def _keep(self, layer: int, file: Path) -> None:
+    def _keep(self, layer: int) -> None:
         tensors: dict[str, Tensor] = {}
         for name, quantized in self._found.items():
             tensors[f"{name}.codes"] = pack_int32(quantized.codes, quantized.scheme.bits)
             tensors[f"{name}.scale"] = quantized.scale
             if quantized.zero_point is not None:
                 tensors[f"{name}.zero_point"] = quantized.zero_point
-        self._kept.mkdir(exist_ok=True)
-        _save(tensors, file)
-        _save({"states": torch.cat(self._states)}, self._kept / f"states-{layer}.safetensors")
-        with suppress(FileNotFoundError):
-            (self._kept / f"states-{layer - 1}.safetensors").unlink()
+        self._kept.save(f"layer-{layer}", tensors)
+        self._kept.save(f"states-{layer}", {"states": torch.cat(self._states)})
+        self._kept.drop(f"states-{layer - 2}")  # one more than is needed, should the last be damaged
 
-    def _read(self, file: Path, layer: int) -> dict[str, QuantizedTensor]:
-        stored, found = load_file(file), {}
+    def _read(self, layer: int) -> dict[str, QuantizedTensor]:
+        stored, found = self._kept.load(f"layer-{layer}"), {}
         for specs in self._units[layer]:
             for spec in specs:
                 if f"{spec.name}.codes" in stored:
@@ -391,16 +392,3 @@ class _Borrowed:
 def _on_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
     zero_point = None if tensor.zero_point is None else tensor.zero_point.cpu()
     return replace(tensor, codes=tensor.codes.cpu(), scale=tensor.scale.cpu(), zero_point=zero_point)
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    """Whole or not at all."""
-    fresh = file.with_suffix(".new")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh)
-        fresh.replace(file)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"cannot keep what calibration has found in {file.parent} ({error}). Free some space and run the same "
-            "command with --resume."
-        ) from None

@@ -151,7 +151,7 @@ def convert(
         beside = opened.keep_in(None if keep_source else output.fetched)
         if text is not None:
             activations = 4 * text.ids.numel() * plan.dims.hidden
-            beside += plan.nbytes + 2 * activations  # old and new ones
+            beside += plan.nbytes + 3 * activations  # two old ones and a new one
         last = formats.of(plan.recipe).last_step(plan.recipe)
         if last is not None:
             beside += plan.nbytes  # more than the second file will take

@@ -16,7 +16,7 @@ from test_evaluate import TEXT, opinionated
 from test_original_tokenizers_tiny import chatglm_folder, glm4_folder, sentencepiece_folder
 
 import glmquant
-from glmquant import Recipe, Scheme, UsageError, _calibrate
+from glmquant import Recipe, Scheme, UsageError, _calibrate, _kept
 from glmquant._calibrate import Calibrator, calibration_text
 from glmquant._convert import plan_conversion
 from glmquant._open import open_source
@@ -153,7 +153,7 @@ def test_a_full_disk_does_not_cost_the_blocks_that_are_done(
     models: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = recipe("glm", "gptq", texts[0])
-    usual = _calibrate.save_file
+    usual = _kept.save_file
 
     def full(tensors: Any, file: Path) -> None:
         if file.name.startswith("layer-1"):
@@ -161,7 +161,7 @@ def test_a_full_disk_does_not_cost_the_blocks_that_are_done(
         usual(tensors, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_calibrate, "save_file", full)
+        patch.setattr(_kept, "save_file", full)
         with pytest.raises(glmquant.OutputError, match="--resume"):
             glmquant.convert(models["chatglm2"], tmp_path / "out", wanted, device="cpu")
     assert (tmp_path / "out.partial" / ".glmquant-calibrated" / "layer-0.safetensors").exists()

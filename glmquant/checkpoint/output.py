@@ -62,6 +62,7 @@ class OutputFolder:
         self.finished: dict[str, Any] = {}
         self.begun: dict[str, Any] | None = None
         self._digest, self._resume, self._force = digest, resume, force
+        self._goes_on = False  # a journal says that an earlier run was asked for the same
         self._lock = FileLock(self.partial / _LOCK)
 
     def __enter__(self) -> Self:
@@ -90,7 +91,8 @@ class OutputFolder:
                     _JOURNAL,
                     *self.finished,
                     *([self.begun["file"]] if self.begun else []),
-                    *([_FETCHED, _CALIBRATED] if self._resume else []),
+                    *([_FETCHED] if self._resume else []),
+                    *([_CALIBRATED] if self._goes_on else []),
                 },
             )
             self._write_journal()
@@ -149,6 +151,7 @@ class OutputFolder:
                 f"{self.partial} was begun with other options or from another source; run the command that "
                 "began it with --resume, or without --resume to start over."
             )
+        self._goes_on = True
         return shards, begun
 
     def forget(self, file: str) -> None:
