@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         GlmquantError,
         HubError,
         ModelError,
+        OutOfMemoryError,
         OutputError,
         QuantizationError,
         QuantizedSourceError,
@@ -54,7 +55,7 @@ _HOMES = {
     "Inspection": "_inspect", "inspect": "_inspect",
     "Verification": "_verify", "verify": "_verify",
     "GlmquantError": "errors", "HubError": "errors", "ModelError": "errors",
-    "OutputError": "errors", "QuantizationError": "errors",
+    "OutOfMemoryError": "errors", "OutputError": "errors", "QuantizationError": "errors",
     "QuantizedSourceError": "errors", "SourceError": "errors", "UnsafeFileError": "errors",
     "UsageError": "errors", "VerificationError": "errors",
     "Check": "_check", "check": "_check", "RecipeRow": "_recipes", "recipes": "_recipes",
@@ -68,11 +69,11 @@ _HOMES = {
 
 __all__ = [
     "Check", "ConvertResult", "DoesNotFitError", "Download", "Estimate", "Evaluation", "Fit", "GlmquantError",
-    "HubError", "Inspection", "Measurement", "ModelError", "OutputError", "Plan", "Publication", "QuantizationError",
-    "QuantizedSourceError", "QuantizedTensor", "Recipe", "RecipeRow", "Scheme", "SourceError", "UnsafeFileError",
-    "UsageError", "Verification", "VerificationError", "__version__", "chat", "check", "convert", "download",
-    "evaluate", "inspect", "load", "load_tokenizer", "measure", "plan_conversion", "publish", "recipes", "stream_chat",
-    "verify",
+    "HubError", "Inspection", "Measurement", "ModelError", "OutOfMemoryError", "OutputError", "Plan",
+    "Publication", "QuantizationError", "QuantizedSourceError", "QuantizedTensor", "Recipe", "RecipeRow",
+    "Scheme", "SourceError", "UnsafeFileError", "UsageError", "Verification", "VerificationError",
+    "__version__", "chat", "check", "convert", "download", "evaluate", "inspect", "load", "load_tokenizer",
+    "measure", "plan_conversion", "publish", "recipes", "stream_chat", "verify",
 ]  # fmt: skip
 
 

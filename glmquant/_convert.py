@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from ._version import __version__
 from ._workers import cores, tuned_for_blocks
 from .checkpoint.output import CARD, REPORT, OutputFolder, check_out, write_synced
 from .checkpoint.sink import Begun, ShardedSink, ShardLayout, begun_shard
-from .errors import OutputError, UsageError
+from .errors import OutOfMemoryError, OutputError, UsageError
 from .plan import Plan, make_plan
 from .recipe import Recipe, show_size
 
@@ -157,7 +158,12 @@ def convert(
             beside += plan.nbytes  # more than the second file will take
         _check_room(plan, finished, output.partial, beside)
         # Hashing comes first: it has the second in which torch is loaded to itself.
-        with opened.fetching(), BackgroundHasher(opened.source.files) as hasher, tuned_for_blocks():
+        with (
+            _telling_of_memory(),
+            opened.fetching(),
+            BackgroundHasher(opened.source.files) as hasher,
+            tuned_for_blocks(),
+        ):
             hashes, entries, hints = _write_weights(
                 plan, opened, output, finished, device, workers or cores(), hasher, progress, text
             )
@@ -283,6 +289,23 @@ def _write_weights(
     except BaseException:
         sink.abandon()
         raise
+
+
+@contextmanager
+def _telling_of_memory() -> Iterator[None]:
+    """Says in a sentence that memory ran out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        from ._device import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise OutOfMemoryError(
+            f"memory ran out{f' ({reason})' if reason else ''}; what is done is kept. End what else takes memory, or "
+            "use fewer --workers, and run the same command with --resume."
+        ) from error
 
 
 def _begun_shard(output: OutputFolder, plan: Plan) -> Begun | None:

@@ -70,6 +70,17 @@ class Gpu:
         return staged.to(self.device, non_blocking=True)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, on the CPU or on a GPU."""
+    said = (
+        "allocate memory",
+        "out of memory",
+        "ALLOC_FAILED",
+        "bad alloc",
+    )  # by a CPU, libraries of a GPU, C++
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
+
+
 def find_gpu(device: str) -> tuple[Gpu | None, str | None]:
     """The GPU that ``--device`` asks for, or None to work on the CPU; and why one that is there is not used.
 

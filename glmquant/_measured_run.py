@@ -38,7 +38,9 @@ def main(folder: str, device: str, context: int, batch: int) -> int:
         print(error)
         return error.exit_status
     except (MemoryError, RuntimeError, OSError) as error:
-        if not _out_of_memory(error):
+        from ._device import out_of_memory
+
+        if not out_of_memory(error):
             raise
         found = {"fault": "memory ran out while it ran"}
     print(json.dumps(found))
@@ -79,18 +81,6 @@ def _figures(folder: str, device: str, context: int, batch: int) -> dict[str, An
         found["allocated"] = torch.cuda.max_memory_allocated()
         found["reserved"] = torch.cuda.max_memory_reserved()
     return found
-
-
-def _out_of_memory(error: Exception) -> bool:
-    import torch
-
-    said = (
-        "allocate memory",
-        "out of memory",
-        "ALLOC_FAILED",
-        "bad alloc",
-    )  # by a CPU, libraries of a GPU, C++
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
 def _process_peak(device: str) -> tuple[int, str]:

@@ -10,6 +10,7 @@
     ├── HubError                  a hub that does not answer, or not with what was asked for
     ├── QuantizationError         a weight that cannot be quantized (NaN, Inf, scale overflow)
     ├── ModelError                a model that computes NaN or infinity
+    ├── OutOfMemoryError          memory ran out while a model was converted
     ├── OutputError               OUT cannot be written: exists, is locked, disk full
     ├── VerificationError         what was written is not what was planned
     └── DoesNotFitError           no recipe stays within the memory that there is
@@ -54,6 +55,10 @@ class ModelError(GlmquantError):
     """A model was run, and what came out are no numbers."""
 
     exit_status = 1
+
+
+class OutOfMemoryError(GlmquantError):
+    """Memory, or a GPU's, ran out during a conversion; what was done until then is kept."""
 
 
 class OutputError(GlmquantError):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers_convert import content, flip_byte, partial_of, run_cli, start_cli, wait_until
 from helpers_sources import CHATGLM2, write_model
 from test_evaluate import TEXT, opinionated
@@ -148,3 +149,45 @@ def test_kills_in_a_row(source: Path, recipe: Recipe, tmp_path: Path) -> None:
         last = run_cli("convert", source, out, *options, "--resume")
         assert last.returncode == 0, last.stderr
     assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), r"\(CUDA out of memory\)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), r"allocate memory"),
+        (MemoryError(), "memory ran out; what is done is kept"),
+        (RuntimeError("a bug"), "^a bug$"),
+        (glmquant.ModelError("layer 3 gives NaN"), None),
+    ],
+    ids=["gpu", "cpu", "python", "bug", "nan"],
+)
+def test_only_what_is_wrong_with_the_model_costs_the_blocks_that_are_done(
+    source: Path,
+    recipe: Recipe,
+    tmp_path: Path,
+    undisturbed: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    said: str | None,
+) -> None:
+    usual = Calibrator._quantized
+
+    def fails(self: Calibrator, layer: int) -> Any:
+        if layer == 1:
+            raise error
+        return usual(self, layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibrator, "_quantized", fails)
+        with pytest.raises(Exception, match=said) as caught:
+            glmquant.convert(source, tmp_path / "out", recipe, device="cpu")
+    if said is None:
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert (partial_of(tmp_path / "out") / KEPT / "layer-0.safetensors").exists()
+    if "bug" not in said:
+        assert isinstance(caught.value, glmquant.OutOfMemoryError)
+        assert "same command with --resume" in str(caught.value)
+    glmquant.convert(source, tmp_path / "out", recipe, device="cpu", resume=True)
+    assert content(tmp_path / "out") == undisturbed

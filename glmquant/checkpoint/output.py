@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import HubError, OutputError
+from ..errors import ModelError, OutputError, QuantizationError, SourceError
 from ..recipe import show_size
 
 if TYPE_CHECKING:
@@ -116,12 +116,10 @@ class OutputFolder:
 
     def _worth_resuming(self, error: BaseException | None) -> bool:
         """Whether files of the source were fetched or blocks calibrated, and it is not for what is in them that the
-        run has ended.
+        run has ended: whatever else it was (a disk, a network, memory, a bug), hours of work are not to be lost.
         """
-        if self.calibrated.exists() and isinstance(error, OutputError):
-            return True  # hours of work, and the disk is full
         begun = self.begun is not None or self.fetched.exists() or self.calibrated.exists()
-        return begun and (isinstance(error, HubError) or not isinstance(error, Exception))
+        return begun and not isinstance(error, (ModelError, QuantizationError, SourceError))
 
     def _check_partial(self) -> None:
         """Refuse a folder of that name that no glmquant left behind: it is about to be emptied."""
