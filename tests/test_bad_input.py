@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ from helpers_sources import (
 )
 from safetensors.torch import load_file
 
+import glmquant
 from glmquant import (
     QuantizationError,
     Recipe,
+    SourceError,
     convert,
 )
 
@@ -92,6 +95,21 @@ def test_the_config_of_another_model(tmp_path: Path, out: Path) -> None:
     refused(folder, out, "lacks transformer.encoder.layers.2.", "and 6 more tensors")
     write_json(folder / "config.json", {**CHATGLM2, "num_layers": 1})
     refused(folder, out, "holds transformer.encoder.layers.1.", "1 layers")
+
+
+def test_more_layers_than_any_model_has(tmp_path: Path, out: Path) -> None:
+    """Nothing counts to them: a folder on a hub would stop every command that reads it."""
+    folder = tiny_model(tmp_path)
+    converted = convert(folder, tmp_path / "converted").out
+    write_json(folder / "config.json", {**CHATGLM2, "num_layers": 10**15})
+    refused(folder, out, "1000000000000000 layers, more than any model has")
+    config = json.loads((converted / "config.json").read_text())
+    write_json(converted / "config.json", {**config, "num_hidden_layers": 10**15})
+    for command in (glmquant.inspect, glmquant.verify):
+        with pytest.raises(SourceError, match="layers, more than any model has"):
+            command(converted)
+    with pytest.raises(SourceError, match="layers, more than any model has"):
+        glmquant.check(converted, memory_limit=2**40, context=64)
 
 
 # Numbers that have no quantized form.

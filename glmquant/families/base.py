@@ -17,6 +17,8 @@ from ..errors import SourceError
 
 Config = Mapping[str, Any]
 
+_MOST_LAYERS = 10_000  # each takes a few objects of every plan; the largest models have some hundred
+
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
@@ -195,6 +197,10 @@ class Family:
             value = getattr(dims, field)
             if type(value) is not int or value <= 0:  # a bool is an int too
                 raise SourceError(f"config.json gives {field} as {value!r}; it must be a positive number.")
+        if dims.layers > _MOST_LAYERS:
+            raise SourceError(
+                f"config.json gives {dims.layers} layers, more than any model has; download the file again."
+            )
         if dims.heads % dims.kv_heads:
             raise SourceError(
                 f"config.json gives {dims.heads} attention heads, which cannot share {dims.kv_heads} key/value "
