@@ -146,12 +146,18 @@ def _lines(
 
 
 def _is_quantized(recipe: Mapping[str, Any]) -> bool:
-    return recipe["bits"] != 16 or bool(recipe.get("fit") or recipe.get("k_quant"))
+    return recipe["bits"] != 16 or bool(recipe.get("k_quant"))  # with --fit, 16 is for all layers
 
 
 def _scheme(recipe: Mapping[str, Any]) -> str:
-    if recipe.get("fit"):
-        return "INT4 and INT8, chosen for every layer"
+    if recipe.get("fit") and recipe["bits"] != 16:
+        kinds = [
+            "16 bit" if bits == 16 else f"INT{bits}"
+            for bits in sorted({choice["bits"] for choice in recipe["fit"]["choices"]})
+        ]
+        if len(kinds) == 1:
+            return f"{kinds[0]}, groups chosen for every layer"
+        return f"{', '.join(kinds[:-1])} and {kinds[-1]}, chosen for every layer"
     if recipe.get("k_quant"):
         return f"{recipe['k_quant'].upper()} by llama.cpp"
     if recipe["bits"] == 16:

@@ -27,7 +27,9 @@ def options(report: Mapping[str, Any]) -> str:
         chosen += [] if recipe["symmetric"] else ["--asymmetric"]
     # That of bitsandbytes goes without saying: the command line has no name for it.
     chosen += [f"--method {recipe['method']}"] if recipe["method"] not in (None, "bitsandbytes") else []
-    chosen += [f"--format {recipe['format']} --layout {recipe['layout']}"]
+    # A budget in which everything fits in 16 bit leaves the format that was asked for.
+    chosen += [] if fit and recipe["bits"] == 16 else [f"--format {recipe['format']}"]
+    chosen += [f"--layout {recipe['layout']}"]
     chosen += [
         f"--{key.replace('_', '-')}" for key in ("quantize_head", "quantize_embeddings") if recipe[key]
     ]

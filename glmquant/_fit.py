@@ -9,6 +9,7 @@ and taken while they fit; what this leaves is less than one step of one layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,10 +186,24 @@ def _options(unit: Unit, dtype: str, fmt: Format) -> list[Option]:
 def _with(recipe: Recipe, fit: Fit) -> Recipe:
     """`recipe` with these choices; where all of them are 16 bit, nothing is quantized at all."""
     if all(choice.bits == 16 for choice in fit.choices):
-        plain = {"quantize_head": False, "quantize_embeddings": False}
-        recipe = replace(recipe, method=None, calibration=None)  # of no use any more
-        return replace(recipe, fit=fit, bits=16, format="safetensors", **plain)  # type: ignore[arg-type]
+        plain = Recipe(layout=recipe.layout, max_shard_size=recipe.max_shard_size)
+        fit = replace(fit, unused=tuple(_unused(recipe)))
+        return replace(plain, fit=fit, bits=16, format="safetensors")
     return replace(recipe, fit=fit)
+
+
+def _unused(recipe: Recipe) -> Iterator[str]:
+    """The options that quantizing would have needed."""
+    if recipe.format not in (None, "safetensors"):
+        yield f"--format {recipe.format}"
+    if recipe.method is not None:
+        yield f"--method {recipe.method}"
+    if recipe.calibration is not None:
+        yield "--calibration"
+    if recipe.quantize_head:
+        yield "--quantize-head"
+    if recipe.quantize_embeddings:
+        yield "--quantize-embeddings"
 
 
 def _too_small(recipe: Recipe, smallest: Model, workload: Workload, budget: int, least: int) -> str:

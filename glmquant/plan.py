@@ -247,7 +247,12 @@ def make_plan(source: TensorSource, recipe: Recipe) -> Plan:
         recipe=recipe,
         stages=tuple(_stages(items)),
         shards=fmt.files([item.outputs for item in items], model),
-        notes=(*fmt.notes(recipe), *_losses(items), *_decoded(infos)),
+        notes=(
+            *fmt.notes(recipe),
+            *(recipe.fit.notes() if recipe.fit else ()),
+            *_losses(items),
+            *_decoded(infos),
+        ),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,6 +85,7 @@ class Fit:
         batch: sequences at a time.
         predicted: the peak that the choices lead to, in bytes; 0 before they are made.
         choices: for every linear layer; empty before they are made.
+        unused: options that were given and are of no use, as all layers stay in 16 bit.
     """
 
     budget: int
@@ -91,6 +93,12 @@ class Fit:
     batch: int = 1
     predicted: int = 0
     choices: tuple[Choice, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def notes(self) -> Iterator[str]:
+        """What was asked for and is not done, as sentences."""
+        if self.unused:
+            yield f"everything fits in 16 bit, so nothing is quantized; not used: {', '.join(self.unused)}."
 
     def summary(self) -> str:
         """What was chosen how often, and what it leads to, for people."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from helpers_convert import run_cli, small_source
 from helpers_sources import CHATGLM, random_tensors, write_model
 from huggingface_hub import ModelCard
 
 import glmquant
-from glmquant import OutputError, Recipe
+from glmquant import OutputError, Recipe, cli, plan_conversion
 from glmquant._card import folder_card, written_by_us
 from glmquant.checkpoint.output import CARD, EVALUATION, REPORT
+from glmquant.memory import Model, Workload, estimate
 from glmquant.recipe import Fit
 
 
@@ -250,17 +253,54 @@ def test_it_names_the_packages_that_its_code_needs(tmp_path: Path, recipe: Recip
     assert 'device_map="auto"' in text  # which is what accelerate is for
 
 
-def test_chatglm_6b_and_a_budget(tmp_path: Path) -> None:
+def test_chatglm_6b(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "first", CHATGLM, random_tensors(CHATGLM))
     glmquant.convert(folder, tmp_path / "out", Recipe(method="rtn"))
     assert front(tmp_path / "out" / CARD)["library_name"] == "glmquant"
+
+
+def _fitted_card(source: Path, out: Path, budget: int, **options: Any) -> str:
+    """The card; the command in it is run, and gives the same bytes."""
+    glmquant.convert(source, out, Recipe(fit=Fit(budget, 128), **options))
+    text = (out / CARD).read_text()
+    command = re.search(r"^glmquant convert \S+ OUT (.*)$", text, re.M)
+    assert command
+    result = CliRunner().invoke(cli.main, ["convert", str(source), str(out) + "-again", *command[1].split()])
+    assert result.exit_code == 0, result.output
+    weights = [path.name for path in out.glob("*.safetensors")]
+    assert all((out.parent / f"{out.name}-again" / n).read_bytes() == (out / n).read_bytes() for n in weights)
+    return text
+
+
+def test_a_budget(tmp_path: Path) -> None:
+    """The card names what was chosen."""
     source = source_of(tmp_path)
-    fit = Recipe(fit=Fit(1 << 31, 128))
-    glmquant.convert(source, tmp_path / "fit", fit)
-    text = (tmp_path / "fit" / CARD).read_text()
-    assert f"--fit {1 << 31} --context 128 --batch 1" in text
-    assert "INT4 and INT8, chosen for every layer" in text
-    assert "4-bit" not in front(text)["tags"]
+    plan = plan_conversion(source, Recipe(group_size="row"))
+    least = estimate(Model.of_plan(plan, "F16"), Workload(128)).peak
+    found = set()
+    for more in (100_000, 200_000, 300_000):
+        out = tmp_path / str(more)
+        text = _fitted_card(source, out, least + more)
+        report = json.loads((out / REPORT).read_text())
+        bits = {choice["bits"] for choice in report["recipe"]["fit"]["choices"]}
+        for each in (4, 8):
+            assert (f"INT{each}" in text) == (each in bits)
+        assert ("and 16 bit, chosen" in text) == (16 in bits)
+        tags = front(text)["tags"]
+        assert "quantized" in tags
+        assert "4-bit" not in tags
+        found.add(frozenset(bits))
+    assert found == {frozenset({4, 8}), frozenset({8}), frozenset({8, 16})}
+
+
+def test_a_budget_in_which_everything_fits(tmp_path: Path) -> None:
+    text = _fitted_card(
+        source_of(tmp_path), tmp_path / "fit", 1 << 31, quantize_head=True, format="compressed-tensors"
+    )
+    assert f"--fit {1 << 31} --context 128 --batch 1 --layout native" in text
+    assert "in 16 bit, in a layout that needs no remote code" in text
+    assert "INT" not in text
+    assert "quantized" not in front(text)["tags"]
 
 
 def test_figures_of_an_evaluation(tmp_path: Path) -> None:

@@ -174,6 +174,17 @@ def test_all_in_16_bit_needs_no_calibration() -> None:
     resolve_recipe(made, FAMILY)
 
 
+def test_options_that_16_bit_has_no_use_for_are_told(source: Path, tmp_path: Path, run: Any) -> None:
+    options = ["--fit", "1000GiB", "--context", "64"]
+    ends = ["--quantize-head", "--quantize-embeddings", "--format", "compressed-tensors"]
+    for command in (["--dry-run"], []):
+        result = run("convert", source, tmp_path / "out", *options, *ends, *command)
+        assert result.exit_code == 0, result.output
+        assert "note: everything fits in 16 bit, so nothing is quantized; not used: --format compressed-tensors, " \
+            "--quantize-head, --quantize-embeddings." in result.stdout  # fmt: skip
+    assert "note: everything" not in run("convert", source, tmp_path / "plain", *options).stdout
+
+
 def test_a_budget_below_the_smallest(source: Path, tmp_path: Path, run: Any) -> None:
     """No context makes it fit, and a shorter one takes less all the same."""
     words = r"at the smallest, and the budget is 100\.00 MiB; raise the budget, or "
