@@ -130,6 +130,8 @@ def convert(
     Raises:
         GlmquantError: see `glmquant.errors`; `out` is as it was before.
     """
+    if not os.fspath(out):  # which would be the current folder: an unset variable of a script
+        raise UsageError("OUT is empty; name the folder to write.")
     opened = open_source(source, adapter)
     plan = make_plan(opened.source, _resolved(opened, recipe, measurement, keep_source, measuring))
     if workers is not None and workers < 1:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers_sources import (
     refused,
     tiny_model,
@@ -16,6 +18,7 @@ import glmquant
 from glmquant import (
     OutputError,
     Recipe,
+    cli,
     convert,
     inspect,
 )
@@ -34,6 +37,18 @@ def out(tmp_path: Path) -> Path:
 )
 def test_a_source_that_does_not_exist(source: str, out: Path) -> None:
     refused(source, out, repr(source), "does not exist")
+
+
+def test_an_empty_out_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a script whose variable is not set."""
+    source, here = tiny_model(tmp_path), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for arguments, said in ((["convert", str(source), ""], "OUT is empty"), (["convert", "", "out"], "''")):
+        result = CliRunner().invoke(cli.main, arguments)
+        assert result.exit_code == 2
+        assert re.fullmatch(rf"glmquant: .*{said}.*\.\n", result.stderr)
+    assert list(here.iterdir()) == []
 
 
 def test_a_source_that_is_a_file(tmp_path: Path, out: Path) -> None:
