@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import families, formats
 from ._kept import KeptTensors
 from ._open import OpenedSource
+from ._pace import Pace
 from ._windows import CALIBRATION_SAMPLE, cut, read_text
 from .checkpoint.source import TensorInfo
 from .errors import QuantizationError
@@ -132,7 +133,7 @@ class Calibrator:
         self._checkpoint = Checkpoint(source, family, plan.dims, formats.get("safetensors"), {})
         dtype = torch.float32 if device.type == "cpu" else compute_dtype(None, self._checkpoint)
         self._model = BlockwiseModel(self._checkpoint, dtype, device)
-        self._text, self._quantizer, self._told = text, quantizer, told
+        self._text, self._quantizer, self._told = text, quantizer, Pace(plan.dims.layers, told)
         self._kept = KeptTensors(kept)
         self._schemes = {
             item.source: item.scheme for item in plan.items if item.scheme is not None and not item.carried
@@ -166,11 +167,13 @@ class Calibrator:
             if self._resumable >= following:
                 self._found = self._read(following)
             else:
+                self._told.begin(following)
                 with self._all_threads(), torch.no_grad():
                     if not self._states:
                         self._restore(following)
                     self._found = self._quantized(following)
                     self._keep(following)
+                self._told.end()
             self._layer = following
 
     @contextmanager
@@ -279,7 +282,7 @@ class Calibrator:
 
     def _restore(self, layer: int) -> None:
         """Have what `layer` is given."""
-        self._told("calibrating: reading the text")
+        self._told("reading the text to calibrate with")
         self._states, self._options = self._model.embedded(
             self._text.ids if layer == 0 else self._text.ids[:1]
         )

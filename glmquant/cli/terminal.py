@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from .._pace import of_block
 from ..recipe import show_size
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -55,7 +56,9 @@ def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 def progress_bar(
     verb: str, *, quiet: bool, unit: str = "bytes"
 ) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A live bar on a terminal, a line every tenth of the way elsewhere, nothing with --json; all on stderr."""
+    """A live bar on a terminal; elsewhere a line every tenth of the way, and for whatever is told of a block; nothing
+    with --json; all on stderr.
+    """
     if quiet:
         yield None
         return
@@ -65,7 +68,9 @@ def progress_bar(
         def lines(done: int, total: int, name: str) -> None:
             nonlocal shown
             tenth = 10 * done // max(1, total)
-            if tenth != shown:
+            if of_block(name):
+                click.echo(f"{verb}: {name}", err=True)
+            elif tenth != shown:
                 shown = tenth
                 amount = f" of {show_size(total)}" if unit == "bytes" else ""
                 click.echo(f"{verb}: {10 * tenth:3d} %{amount} ({name})", err=True)
@@ -79,10 +84,18 @@ def progress_bar(
         MofNCompleteColumn,
         Progress,
         ProgressColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.text import Text
+
+    class Remaining(TimeRemainingColumn):
+        """Where what is told has an estimate of its own, bytes say nothing of the time."""
+
+        def render(self, task: Task) -> Text:
+            return Text() if of_block(task.fields["tensor"]) else super().render(task)
 
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
     columns += (
@@ -90,7 +103,7 @@ def progress_bar(
         if unit == "bytes"
         else [MofNCompleteColumn()]
     )
-    columns += [TimeRemainingColumn(), TextColumn("{task.fields[tensor]}")]
+    columns += [Remaining(), TextColumn("{task.fields[tensor]}")]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(verb, total=None, tensor="")
         yield lambda done, total, name: bar.update(task, completed=done, total=total, tensor=name)
