@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -236,16 +235,17 @@ def test_a_shard_is_resumed_in_its_middle(server: HubServer, ref: str, source: P
     assert glmquant.verify(tmp_path / "out").ok
 
 
-def test_ctrl_c_does_not_wait_for_the_shard(server: HubServer, ref: str, tmp_path: Path) -> None:
+def test_ctrl_c_does_not_wait_for_the_shard(
+    server: HubServer, ref: str, source: Path, tmp_path: Path
+) -> None:
     server.rate = 300e3  # a shard would take ten seconds
     run = start_cli("convert", ref, tmp_path / "out")
     wait_until(lambda: server.file_bytes("-00001-of") > 400 << 10)
     run.send_signal(signal.SIGINT)
-    start = time.monotonic()
-    _, err = run.communicate(timeout=30)
+    _, err = run.communicate(timeout=60)
     assert run.returncode == 130, err
     assert "--resume" in err
-    assert time.monotonic() - start < 6
+    assert server.file_bytes("-00001-of") < _shards(source)[0].stat().st_size
     assert not (tmp_path / "out").exists()
 
 

@@ -81,10 +81,11 @@ def small_undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def whole_shards(out: Path) -> list[Path]:
     """Shards that the journal of an interrupted run vouches for."""
-    journal = partial_of(out) / ".glmquant-journal.json"
-    if not journal.exists():
+    try:
+        journal = (partial_of(out) / ".glmquant-journal.json").read_text()
+    except FileNotFoundError:  # not there yet, or no more
         return []
-    return [partial_of(out) / name for name in sorted(json.loads(journal.read_text())["shards"])]
+    return [partial_of(out) / name for name in sorted(json.loads(journal)["shards"])]
 
 
 def identity(path: Path) -> tuple[int, int]:
@@ -146,15 +147,23 @@ def without_lock(files: dict[str, bytes]) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_kills_in_a_row(source: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     """Every resumed run gets further, and is killed too."""
-    out, done = tmp_path / "out", 0
-    for target in (4, 9, 16):
+    out, done, kills = tmp_path / "out", 0, 0
+    for target in (3, 6, 9):
         process = start_cli("convert", source, out, *OPTIONS, "--resume")
-        wait_until(lambda count=target: len(whole_shards(out)) >= count)
+        wait_until(
+            lambda count=target, run=process: len(whole_shards(out)) >= count or run.poll() is not None
+        )
         process.kill()
         process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        if out.exists():
+            break  # it was faster than we
+        kills += process.returncode == -signal.SIGKILL
         assert len(whole_shards(out)) >= max(target, done)
         done = len(whole_shards(out))
+    assert kills
+    if out.exists():
+        assert without_lock(content(out)) == undisturbed
+        return
     last = run_cli("convert", source, out, *OPTIONS, "--resume")
     assert (last.returncode, last.stderr) == (0, "")
     assert content(out) == undisturbed
@@ -167,10 +176,14 @@ def test_ctrl_c(
 ) -> None:
     out = tmp_path / "out"
     options = [*OPTIONS[:2], "--workers", "3", "--json"]
-    process = start_cli("convert", source, out, *options)
-    wait_for(moment, out, process)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=20)
+    for _ in range(5):
+        process = start_cli("convert", source, out, *options)
+        wait_for(moment, out, process)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        if process.returncode != 0 or moment == "all shards":
+            break
+        shutil.rmtree(out)  # it was done before the signal came: not what this is about
     if process.returncode != 0 or moment != "all shards":  # it may have been too late
         assert process.returncode == 130
         assert output == ""

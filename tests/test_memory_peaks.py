@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -160,10 +161,11 @@ def test_resident_memory_of_a_fresh_process(
     if recipe is not None:
         folder = convert(folder, tmp_path / "out", recipe).out
     errors: list[float] = []
-    while len(errors) < 3:  # what malloc holds beyond what is in use differs by 5 % from run to run
+    # What malloc holds beyond what is in use differs by 5 % from run to run: the median of five counts.
+    while len(errors) < 5:
         found = check(folder, memory_limit=2**40, context=context, batch=batch, device="cpu", measure=True)
         assert found.ok
         errors.append(found.prediction_error["process"])
-        if abs(errors[-1]) < 0.05:
-            return
-    pytest.fail(f"{errors}: {found.to_json()}")
+        if sum(abs(error) < 0.05 for error in errors) == 3:
+            break  # which the median is among, whatever the others
+    assert abs(median(errors)) < 0.05, f"{errors}: {found.to_json()}"
