@@ -25,6 +25,8 @@ from hub import Fault, HubServer
 import glmquant
 from glmquant import HubError, Recipe, SourceError, UnsafeFileError
 from glmquant.checkpoint.output import CARD, REPORT
+from glmquant.hub import open_repository
+from glmquant.hub.refs import resolve
 from glmquant.memory import Workload
 
 HUBS = ("hf", "ms")
@@ -55,6 +57,18 @@ def test_inspect_reads_headers_only(server: HubServer, ref: str, source: Path) -
     assert found == local
     assert server.file_bytes("model-0") <= 5 * (140 << 10)
     assert sum(p.stat().st_size for p in _shards(source)) > 12 << 20
+
+
+@pytest.mark.parametrize("hub", HUBS)
+def test_a_mirror_that_gives_whole_files_is_not_read_to_the_end(server: HubServer, hub: str) -> None:
+    server.ranges = False
+    data = os.urandom(1 << 20) * 64
+    server.add("org/model").commit({"model.safetensors": data, "config.json": b"{}"})
+    repository = open_repository(resolve(f"{hub}:org/model"))
+    for start in (0, 3_000_001):
+        stop = start + 200_000
+        assert repository.read("model.safetensors", start, stop) == data[start:stop]
+    assert server.file_bytes() < len(data) / 2
 
 
 def test_recipes_read_headers_only(server: HubServer, ref: str, source: Path) -> None:

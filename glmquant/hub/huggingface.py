@@ -61,20 +61,42 @@ class HuggingFace(Repository):
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """See `Repository`."""
-        from huggingface_hub.utils import hf_raise_for_status, http_backoff
+        import httpx2
 
-        headers = {**self._headers, "Range": f"bytes={start}-{stop - 1}"}
         with self._translated(name):
-            answer = http_backoff("GET", self._url(name), headers=headers, follow_redirects=True)
-            hf_raise_for_status(answer)
-        content: bytes = answer.content
-        if answer.status_code != 206:  # the whole file
-            content = content[start:stop]
+            for attempt in range(_ATTEMPTS):
+                try:
+                    content = self._span(name, start, stop)
+                    break
+                except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError):
+                    if attempt == _ATTEMPTS - 1:
+                        raise
+                    time.sleep(2**attempt)
         if len(content) != stop - start:
             raise HubError(
                 f"{self.endpoint} gave {len(content)} of {stop - start} bytes of {name}; try again."
             )
         return content
+
+    def _span(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes of a file; where a mirror ignores what was asked for and sends all of it, no more than these are kept,
+        and what comes behind them is not read.
+        """
+        from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
+
+        headers = {**self._headers, "Range": f"bytes={start}-{stop - 1}"}
+        content = bytearray()
+        with http_stream_backoff(
+            "GET", self._url(name), headers=headers, follow_redirects=True, retry_on_exceptions=()
+        ) as answer:
+            hf_raise_for_status(answer)
+            before = 0 if answer.status_code == 206 else start
+            for piece in answer.iter_bytes(1 << 16):
+                content += piece[before:]
+                before = max(0, before - len(piece))
+                if len(content) >= stop - start:
+                    break
+        return bytes(content[: stop - start])
 
     def _fetch(self, name: str, folder: Path | None, again: bool, on_bytes: OnBytes | None) -> Path:
         from huggingface_hub import hf_hub_download

@@ -30,6 +30,7 @@ class HubServer:
         repositories: by name; both hubs offer all of them.
         requests: everything that was asked, in order.
         faults: what goes wrong next.
+        ranges: whether large files are given in parts.
         rate: bytes per second of all files together; None for as fast as it goes.
         uploads: large files that came and are in no commit yet, by SHA-256.
     """
@@ -39,6 +40,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.rate: float | None = None
+        self.ranges = True
         self.uploads: dict[str, bytes] = {}
         self.lock = threading.Lock()
         self._due = 0.0
@@ -163,7 +165,11 @@ def _handler_for(server: HubServer) -> type[BaseHTTPRequestHandler]:
             status, headers, first = answer.status, dict(answer.headers), 0
             if answer.file is not None:
                 body = memoryview(answer.file.data)
-                span = _span(request.headers.get("range"), len(body)) if answer.ranges else None
+                span = (
+                    _span(request.headers.get("range"), len(body))
+                    if answer.ranges and server.ranges
+                    else None
+                )
                 if span == "unsatisfiable":
                     status, headers["Content-Range"], body = 416, f"bytes */{len(body)}", memoryview(b"")
                 elif isinstance(span, tuple):
