@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers_convert import content, flip_byte, run_cli, small_source, start_cli, wait_until
@@ -15,6 +16,7 @@ import glmquant
 from glmquant import HubError, Recipe, SourceError, UnsafeFileError, UsageError, VerificationError
 from glmquant._card import folder_card
 from glmquant.checkpoint.output import CARD, EVALUATION, REPORT
+from glmquant.hub import modelscope_target
 
 HUBS = ("hf", "ms")
 SHARDS = 2
@@ -290,6 +292,26 @@ def test_a_hub_that_is_busy_is_asked_again(server: HubServer, to: str, out: Path
     glmquant.publish(out, to)
     assert [request.status for request in server.requests].count(429) == 2
     assert held(server).items() >= content(out).items()
+
+
+@pytest.mark.parametrize("to", ["ms"], indirect=True)
+def test_modelscope_is_down_when_all_has_arrived(
+    server: HubServer, to: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listing that says which commit it is."""
+    usual = modelscope_target.ModelScopeTarget.files
+    listed: list[object] = []
+
+    def files(self: modelscope_target.ModelScopeTarget) -> Any:
+        listed.append(usual(self))
+        server.faults.append(Fault("/repo/files", status=403, times=-1))
+        return listed[-1]
+
+    monkeypatch.setattr(modelscope_target.ModelScopeTarget, "files", files)
+    with pytest.raises(HubError, match="run the same command again"):
+        glmquant.publish(out, to)
+    assert "config.json" in held(server)
+    assert len(listed) == 1
 
 
 def test_what_arrived_is_compared(server: HubServer, to: str, out: Path) -> None:

@@ -86,7 +86,8 @@ class ModelScopeTarget(Target):
                     allow_patterns=[escape(name) for name in part],
                     use_cache=False,  # it would lie in `folder`; the hub knows what it has
                 )
-        entries = self._api.legacy.list_repo_files(self.ref.name, "model", _BRANCH)
+        with self._translated():
+            entries = self._api.legacy.list_repo_files(self.ref.name, "model", _BRANCH)
         return str(max(entries, key=lambda entry: entry.get("CommittedDate") or 0)["Revision"])
 
     @contextmanager
