@@ -10,6 +10,7 @@ from typing import Any
 
 from . import families, formats
 from ._open import PathLike, open_described
+from .checkpoint.decoded import DecodedSource
 from .families import Dims, Role
 
 _CACHE_BYTES = 2  # of one number in a 16-bit KV cache
@@ -97,6 +98,10 @@ def inspect(ref: PathLike) -> Inspection:
         dtypes[info.decoded or info.dtype] += info.nbytes
         files[info.shard] += info.nbytes
     quantized = fmt.quantized(source.config, family, dims)
+    if quantized:
+        DecodedSource(
+            source, fmt, family, dims
+        ).infos()  # says where the weights are not what config.json states
     schemes = Counter(str(weight.scheme) for weight in quantized)
     schemes.update(info.decoded for info in source.infos().values() if info.decoded)
     layout = family.layout_of(source.config)

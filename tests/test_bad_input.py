@@ -97,6 +97,14 @@ def test_the_config_of_another_model(tmp_path: Path, out: Path) -> None:
     refused(folder, out, "holds transformer.encoder.layers.1.", "1 layers")
 
 
+def test_a_config_that_states_a_quantization_that_is_not_there(tmp_path: Path, out: Path) -> None:
+    folder = tiny_model(tmp_path)
+    write_json(folder / "config.json", {**CHATGLM2, "quantization_bit": 4})
+    refused(folder, out, "says it is quantized (cpm", "and not I8 [640, 64]")
+    with pytest.raises(SourceError, match=r"says it is quantized \(cpm.* but "):
+        glmquant.inspect(folder)
+
+
 def test_more_layers_than_any_model_has(tmp_path: Path, out: Path) -> None:
     """Nothing counts to them: a folder on a hub would stop every command that reads it."""
     folder = tiny_model(tmp_path)
