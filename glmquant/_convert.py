@@ -149,7 +149,8 @@ def convert(
     files = sidecar_files(opened.folder, opened.source.config, plan)
     text = _calibration_text(plan, opened)
     summary = dict(text.summary) if text is not None else None
-    with OutputFolder(folder, _digest(plan, opened, summary), resume=resume, force=force) as output:
+    where = None if text is None else (_device_type(device), text.threads)  # other ones give other bytes
+    with OutputFolder(folder, _digest(plan, opened, summary, where), resume=resume, force=force) as output:
         finished = _whole_shards(output, plan)
         beside = opened.keep_in(None if keep_source else output.fetched)
         if text is not None:
@@ -338,11 +339,29 @@ def _calibration_text(plan: Plan, opened: OpenedSource) -> CalibrationText | Non
     return calibration_text(plan.recipe.calibration, opened.folder, plan.dims.context)
 
 
-def _digest(plan: Plan, opened: OpenedSource, calibration: dict[str, Any] | None) -> str:
+def _device_type(device: str) -> str:
+    """Where a ``--device`` calibrates."""
+    from ._device import find_gpu
+
+    gpu, _ = find_gpu(device)
+    return gpu.device.type if gpu else "cpu"
+
+
+def _digest(
+    plan: Plan,
+    opened: OpenedSource,
+    calibration: dict[str, Any] | None,
+    calibrated_on: tuple[str, int] | None,
+) -> str:
     """Identifies what would be written, so that nothing else is resumed."""
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in opened.source.files]
     return plan.digest(
-        __version__, version("torch"), repr(state), *map(repr, opened.remote_files.items()), repr(calibration)
+        __version__,
+        version("torch"),
+        repr(state),
+        *map(repr, opened.remote_files.items()),
+        repr(calibration),
+        repr(calibrated_on),
     )
 
 

@@ -123,6 +123,18 @@ def test_blocks_of_nobody_knows_which_recipe_are_made_again(
     assert content(out) == undisturbed
 
 
+def test_another_number_of_threads_is_not_resumed(source: Path, recipe: Recipe, kept: Path) -> None:
+    """It gives other bytes; these blocks would not go together."""
+    out, threads = kept.parent.with_suffix(""), torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(glmquant.OutputError, match="another number of threads"):
+            glmquant.convert(source, out, recipe, device="cpu", resume=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert (kept / "layer-2.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_kills_in_a_row(source: Path, recipe: Recipe, tmp_path: Path) -> None:
     """Every resumed run gets a block further, and is killed too."""

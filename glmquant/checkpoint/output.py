@@ -146,8 +146,9 @@ class OutputFolder:
             return {}, None  # a damaged journal vouches for nothing
         if digest != self._digest:
             raise OutputError(
-                f"{self.partial} was begun with other options or from another source; run the command that "
-                "began it with --resume, or without --resume to start over."
+                f"{self.partial} was begun with other options or from another source (if calibrated: or on another "
+                "device, or with another number of threads); run the command that began it with --resume, or without "
+                "--resume to start over."
             )
         self._goes_on = True
         return shards, begun
