@@ -110,6 +110,13 @@ class Prompt(ABC):
         except UnicodeEncodeError:
             raise UsageError("the text holds half of a surrogate pair, which is no character.") from None
 
+    def check(self, ids: Sequence[int]) -> None:  # noqa: B027  # most models read any ids
+        """Refuse ids from elsewhere that are no prompt of this model.
+
+        Raises:
+            UsageError: a token is missing without which the model cannot read them.
+        """
+
     def token(self, text: str) -> int:
         """The id of a special token.
 

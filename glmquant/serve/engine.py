@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import GlmquantError
 from ..models.chat import InvalidScoreLogitsProcessor
 from ..models.streaming import Transcript
 from .jobs import Failed, Job, QueueFull, Refused, Run, ShuttingDown, TimedOut, Update
@@ -268,6 +269,8 @@ class Engine:
                     groups = [[each] for each in group]
                     continue
                 self._fail(group[0][0])
+                if isinstance(error, GlmquantError):  # it is the request that is wrong
+                    continue
                 self._failures += 1
                 if self._failures >= _FAILURES:
                     raise

@@ -106,8 +106,14 @@ class Service:
         Raises:
             ApiError: they do not fit, cannot be, or take longer than `seconds`.
         """
+
+        def checked() -> list[int]:
+            found = ids()
+            self.prompt.check(found)
+            return found
+
         try:
-            coming = asyncio.get_running_loop().run_in_executor(self._encoder, ids)
+            coming = asyncio.get_running_loop().run_in_executor(self._encoder, checked)
             found = await asyncio.wait_for(coming, seconds)
         except asyncio.TimeoutError:
             raise self.refusal(TimedOut("the answer took longer than this server allows.")) from None

@@ -1,0 +1,47 @@
+"""Requests that are refused before the model, or the tokenizer, sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from helpers_serve import Script, ask, listening, real_service, service_of, tokenizer_of
+
+from glmquant.errors import UsageError
+from glmquant.prompts import prompt_for
+
+CHAT = "/v1/chat/completions"
+COMPLETE = "/v1/completions"
+ASK = [{"role": "user", "content": "hello"}]
+
+
+def refused(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The error of a request that is answered with 400."""
+    response = httpx.post(address + path, json=body, timeout=60)
+    assert response.status_code == 400, response.text
+    return response.json()["error"]
+
+
+def test_ids_that_chatglm_6b_cannot_read_are_refused_and_harm_nobody() -> None:
+    token = prompt_for(tokenizer_of("chatglm-6b")).token
+    with listening(real_service("chatglm-6b")) as address:
+        for ids in ([5, 6, 7], [5, token("<sop>")], [5, token("[gMASK]")], [5, token("[MASK]")]) * 2:
+            assert "[gMASK] <sop>" in refused(address, COMPLETE, {"prompt": ids})["message"]
+        for mask in ("[gMASK]", "[MASK]"):
+            good = {"prompt": [5, token(mask), token("<sop>")], "max_tokens": 2}
+            assert httpx.post(address + COMPLETE, json=good, timeout=60).status_code == 200
+        assert httpx.get(address + "/health").json()["status"] == "ok"
+
+
+def test_errors_of_requests_do_not_end_the_engine() -> None:
+    class Particular(Script):
+        def step(self, pieces: Any) -> Any:
+            if pieces[0].ids == [9]:
+                raise UsageError("these ids are no prompt.")
+            return super().step(pieces)
+
+    service = service_of("chatglm3-6b", Particular(lambda prompt: [5], 2, 100))
+    for _ in range(5):
+        assert ask(service.engine, [9])[1].last().error is not None
+    assert ask(service.engine, [8], 1)[1].last().finish == "length"
+    assert service.engine.stop(10)
