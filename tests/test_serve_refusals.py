@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
-from helpers_serve import Script, ask, listening, real_service, service_of, tokenizer_of
+import pytest
+from helpers_serve import Script, ask, listening, real_service, scripted, service_of, tokenizer_of
 
 from glmquant.errors import UsageError
 from glmquant.prompts import prompt_for
 
 CHAT = "/v1/chat/completions"
 COMPLETE = "/v1/completions"
+JSON = {"Content-Type": "application/json"}
 ASK = [{"role": "user", "content": "hello"}]
 
 
@@ -45,3 +48,19 @@ def test_errors_of_requests_do_not_end_the_engine() -> None:
         assert ask(service.engine, [9])[1].last().error is not None
     assert ask(service.engine, [8], 1)[1].last().finish == "length"
     assert service.engine.stop(10)
+
+
+@pytest.mark.parametrize("name", ["chatglm3-6b", "glm-4-9b-chat"])
+def test_half_a_surrogate_pair_is_refused_wherever_it_is(name: str) -> None:
+    tools = [{"type": "function", "function": {"name": "a", "description": "\ud800"}}]
+    with listening(service_of(name, scripted(name))) as address:
+        for path, body in (
+            (COMPLETE, {"prompt": "\ud800"}),
+            (COMPLETE, {"prompt": ["fine", "a \udc00"]}),
+            (CHAT, {"messages": ASK, "tools": tools}),
+            (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}),
+            ("/", {"prompt": "\ud800"}),
+        ):
+            response = httpx.post(address + path, content=json.dumps(body), headers=JSON, timeout=60)
+            assert response.status_code == 400, (path, response.text)
+            assert "half of a surrogate pair" in response.json()["error"]["message"]

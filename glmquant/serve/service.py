@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..prompts import Prompt
+from ..prompts.base import checked_text
 from .engine import Engine
 from .errors import ApiError, from_engine
 from .jobs import Job, Refused, TimedOut, Update
@@ -132,6 +133,7 @@ class Service:
         if isinstance(prompt, list):
             return prompt
         tokenizer = self.prompt.tokenizer
+        checked_text(prompt, "the prompt")
         return list(tokenizer.encode(prompt, split_special_tokens=self.prompt.kind != "template"))
 
     def _too_long(self, count: str) -> ApiError:
