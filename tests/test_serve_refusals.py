@@ -64,3 +64,36 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_is(name: str) -> None:
             response = httpx.post(address + path, content=json.dumps(body), headers=JSON, timeout=60)
             assert response.status_code == 400, (path, response.text)
             assert "half of a surrogate pair" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["chatglm3-6b", "glm-4-9b-chat"])
+def test_what_cannot_fit_does_not_reach_the_tokenizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written with an indent for each level, 20 kB of parameters are megabytes of text; and texts beside messages."""
+    service = service_of(name, scripted(name))
+    encoded: list[int] = []
+    plain = service.prompt.plain
+    monkeypatch.setattr(service.prompt, "plain", lambda text: encoded.append(len(text)) or plain(text))
+    deep: dict[str, Any] = {f"k{n}": n for n in range(1000)}
+    for _ in range(300):
+        deep = {"a": deep}
+    long = "x" * (service.context * 128 + 1)
+    call = {"type": "function", "function": {"name": "f", "arguments": long}}
+    spoken = {"role": "assistant", "content": None, "tool_calls": [call]}
+    with listening(service) as address:
+        for body in (
+            {"messages": ASK, "tools": [{"type": "function", "function": {"name": "f", "parameters": deep}}]},
+            {
+                "messages": ASK,
+                "tools": [{"type": "function", "function": {"name": "f", "description": long}}],
+            },
+            {"messages": [*ASK, spoken, *ASK]},
+            {"messages": [*ASK, {"role": "user", "content": long}]},
+        ):
+            assert refused(address, CHAT, body)["code"] == "context_length_exceeded"
+        assert (
+            refused(address, "/", {"prompt": "", "history": [["", long]]})["code"]
+            == "context_length_exceeded"
+        )
+        assert encoded == []
+        assert httpx.post(address + CHAT, json={"messages": ASK}, timeout=60).status_code == 200
+        assert encoded

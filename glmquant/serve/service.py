@@ -74,6 +74,11 @@ class Service:
         self._encoder = ThreadPoolExecutor(1, "glmquant-encode")
         self._log = logging.getLogger("glmquant.serve.prompts")
 
+    @property
+    def most_characters(self) -> int:
+        """A longer prompt has too many tokens for certain."""
+        return self.context * _CHARACTERS
+
     def check_model(self, name: str | None) -> None:
         """Refuse another model than ours where that is wanted."""
         if self.settings.strict_model and name != self.settings.name:
@@ -89,7 +94,7 @@ class Service:
         Raises:
             ApiError: a prompt is too long for certain, too many requests wait, or the server is about to end.
         """
-        if max(characters) > self.context * _CHARACTERS:
+        if max(characters) > self.most_characters:
             raise self._too_long(f"over {self.context}")
         try:
             self.engine.reserve(len(characters))
