@@ -146,7 +146,10 @@ def test_encoding_has_a_place_in_the_queue(service: Service, encoder: Encoder) -
         asked = [pool.submit(complete, address) for _ in range(2)]
         until(lambda: service.engine.waiting == 2)
         assert complete(address).status_code == 429
-        assert complete(address, ["a", "b", "c"]).status_code == 429
+        assert complete(address, ["a", "b"]).status_code == 429
+        never = complete(address, ["a", "b", "c"])  # waiting would not help
+        assert (never.status_code, "retry-after" in never.headers) == (400, False)
+        assert "takes 2 prompts" in never.json()["error"]["message"]
         encoder.gate.set()
         assert [each.result().status_code for each in asked] == [200, 200]
         assert complete(address, ["a", "b"]).status_code == 200

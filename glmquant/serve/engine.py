@@ -88,6 +88,11 @@ class Engine:
         return len(self._waiting) + self._reserved
 
     @property
+    def places(self) -> int:
+        """Requests that there is room for, in the queue and in slots."""
+        return self._limit + self._runner.slots
+
+    @property
     def running(self) -> int:
         """Requests in slots."""
         return len(self._running)
@@ -112,7 +117,7 @@ class Engine:
         """
         with self._lock:
             self._check_open()
-            if self.waiting + len(self._running) + count > self._limit + self._runner.slots:
+            if self.waiting + len(self._running) + count > self.places:
                 raise QueueFull(f"{self.waiting} requests are waiting already; ask again later.")
             self._reserved += count
 

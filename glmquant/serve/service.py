@@ -92,10 +92,18 @@ class Service:
         """Places in the queue for prompts with so many characters each; what is not used is given back.
 
         Raises:
-            ApiError: a prompt is too long for certain, too many requests wait, or the server is about to end.
+            ApiError: a prompt is too long for certain, there are too many, too many requests wait, or the server is
+                about to end.
         """
         if max(characters) > self.most_characters:
             raise self._too_long(f"over {self.context}")
+        if len(characters) > self.engine.places:
+            raise ApiError(
+                400,
+                f"this server takes {self.engine.places} prompts at once, not {len(characters)}; send fewer.",
+                param="prompt",
+                code="invalid_value",
+            )
         try:
             self.engine.reserve(len(characters))
         except Refused as error:
