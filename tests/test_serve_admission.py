@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from helpers_serve import listening, real_service, scripted, service_of, tiny_folder
+from helpers_serve import listening, real_service, scripted, service_of, tiny_folder, until
 
 from glmquant.checkpoint.source import open_folder
 from glmquant.memory import Model
@@ -116,13 +115,6 @@ class Encoder:
             return real(prompt)
 
         service.prompt_ids = encode  # type: ignore[method-assign]
-
-
-def until(reached: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture

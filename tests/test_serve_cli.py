@@ -20,7 +20,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from helpers_cards import CONFIGS
-from helpers_serve import tiny_folder
+from helpers_serve import tiny_folder, until
 
 from glmquant import families
 from glmquant.checkpoint.source import open_folder
@@ -141,6 +141,13 @@ def test_keys_names_and_what_is_printed() -> None:
         answer = httpx.post(address + CHAT, json=GOOD, headers={"Authorization": "Bearer k"}, timeout=60)
         assert answer.status_code == 200
         assert "hello" not in "".join(lines)  # prompts are nobody's business
+
+
+def test_prompts_and_answers_are_logged_where_asked() -> None:
+    with serving("--log-prompts", "--context", "128", "--device", "cpu") as (_, address, lines):
+        assert httpx.post(address + CHAT, json=GOOD, timeout=60).status_code == 200
+        until(lambda: any("answered" in line for line in lines))
+        assert any("asked" in line and "hello" in line for line in lines)
 
 
 def test_resident_memory_stays_within_the_plan() -> None:

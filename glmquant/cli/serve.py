@@ -43,7 +43,7 @@ from ..recipe import parse_size, show_size
 @click.option("--allow-host", multiple=True, metavar="NAME",
               help="Another name for a server on 127.0.0.1, as behind a proxy; * is any.")  # fmt: skip
 @click.option("--max-body", default="4MiB", show_default=True, metavar="SIZE", help="Largest request.")
-@click.option("--log-prompts", is_flag=True, help="Write prompts and answers to the log.")
+@click.option("--log-prompts", is_flag=True, help="Write prompts and answers to the log on stderr.")
 def serve(
     out: str,
     host: str,

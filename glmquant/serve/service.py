@@ -23,6 +23,7 @@ from .sampling import Sampling
 
 # No token of the published vocabularies stands for more characters: what is longer cannot fit, and need not be encoded.
 _CHARACTERS = 128
+PROMPT_LOG = "glmquant.serve.prompts"
 _HEADSTART = 5.0  # seconds in which an error still gets its own status
 
 
@@ -72,7 +73,7 @@ class Service:
         self._vocab, self._stop_ids = vocab, frozenset(stop_ids)
         # Tokenizers are not made for several threads, and long texts take their time.
         self._encoder = ThreadPoolExecutor(1, "glmquant-encode")
-        self._log = logging.getLogger("glmquant.serve.prompts")
+        self._log = logging.getLogger(PROMPT_LOG)
 
     @property
     def most_characters(self) -> int:
