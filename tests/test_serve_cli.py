@@ -29,6 +29,7 @@ from glmquant.cli import main
 from glmquant.errors import DoesNotFitError, UsageError
 from glmquant.families import Role
 from glmquant.memory import Held, Model
+from glmquant.serve import admission
 from glmquant.serve.admission import admit
 
 CHAT = "/v1/chat/completions"
@@ -239,7 +240,18 @@ def test_slots_are_what_fits() -> None:
         admit(model, "cuda", vram=80 << 30, context=10**6)
 
 
+def test_any_number_of_slots_is_decided_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.of_checkpoint(open_folder(tiny_folder("chatglm3-6b")))
+    calls: list[Any] = []
+    estimate = admission.estimate
+    monkeypatch.setattr(admission, "estimate", lambda *args: calls.append(args) or estimate(*args))
+    found = admit(model, "cpu", vram=2 << 30, max_batch=10**6)
+    assert found.memory.peak <= 2 << 30
+    assert admit(model, "cpu", vram=2 << 30, max_batch=found.slots + 1).slots == found.slots > 16
+    assert len(calls) < 60
+
+
 def test_chatglm_6b_has_one_slot() -> None:
     model = Model.of_checkpoint(open_folder(tiny_folder("chatglm-6b")))
-    admission = admit(model, "cpu", vram=8 << 30, max_batch=9)
-    assert (admission.slots, admission.chunk, admission.context) == (1, None, 2048)
+    found = admit(model, "cpu", vram=8 << 30, max_batch=9)
+    assert (found.slots, found.chunk, found.context) == (1, None, 2048)
