@@ -202,6 +202,21 @@ def test_bad_usage(tmp_path: Path) -> None:
             assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("command", ["chat", "serve", "verify"])
+def test_a_folder_that_is_not_there_is_told_before_torch_is_imported(command: str) -> None:
+    program = f"""
+import sys
+from glmquant.cli import main
+try:
+    main(["{command}", "nosuch"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("glmquant: the folder 'nosuch' does not exist")
+
+
 def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
     arguments = [
         "serve",
