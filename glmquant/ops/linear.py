@@ -103,7 +103,13 @@ def _define(bits: int) -> None:
 def _check_ranks(x: Tensor, packed: Tensor, scale: Tensor) -> None:
     """Tables, and in each something to compute with."""
     axis = 1 if packed.dim() == 2 else 0  # of the groups
-    if x.dim() < 1 or not 2 <= packed.dim() <= 4 or scale.dim() != 2 or not x.shape[-1] or not scale.shape[axis]:
+    if (
+        x.dim() < 1
+        or not 2 <= packed.dim() <= 4
+        or scale.dim() != 2
+        or not x.shape[-1]
+        or not scale.shape[axis]
+    ):
         raise UsageError(
             f"activations {list(x.shape)}, a weight stored as {list(packed.shape)} and scales {list(scale.shape)} are "
             "no [..., in], table of codes and [out, groups]."
