@@ -11,16 +11,16 @@
 
 Folders with ``model_type: chatglm`` are then loaded by `glmquant.load` and `glmquant.load_tokenizer`, 16-bit ones and
 INT4 / INT8 ones, by AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM and AutoTokenizer, also as modelscope
-exports them. ``trust_remote_code=True`` is accepted and changes nothing. Everything else transformers loads as ever,
-native folders (``model_type: glm``) among it.
-``AutoModel.from_config`` gives a model with random weights.
+exports them. So are the native folders (``model_type: glm`` and ``glm4``) that glmquant wrote, by AutoModel and
+AutoModelForCausalLM. ``trust_remote_code=True`` is accepted and changes nothing. Everything else transformers loads as
+ever. ``AutoModel.from_config`` gives a model with random weights.
 """
 
 from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -29,12 +29,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    Glm4ForCausalLM,
+    Glm4Model,
+    GlmForCausalLM,
+    GlmModel,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.models.auto import tokenization_auto
 from transformers.utils import cached_file
 
 from . import families, formats, hub
+from .checkpoint.output import REPORT
 from .errors import SourceError, UnsafeFileError, UsageError
 from .models import chatglm_config
 from .models.building import bad_field, class_and_config
@@ -118,14 +124,14 @@ def _check_tokenizer_class(folder: Path, for_model: bool) -> None:
 class ChatGLMAutoModel:
     """What the Auto classes call for a ``chatglm`` configuration; see `glmquant.load` for what comes back."""
 
-    config_class = ChatGLMConfig
+    config_class: ClassVar[type[PreTrainedConfig]] = ChatGLMConfig
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | PathLike[str],
         *args: Any,
-        config: ChatGLMConfig | None = None,
+        config: PreTrainedConfig | None = None,
         dtype: Any = None,
         torch_dtype: Any = None,
         device: Any = None,
@@ -184,9 +190,35 @@ class ChatGLMAutoModel:
         return model_class._from_config(own, **options)
 
 
-def _refuse_changes(config: ChatGLMConfig, folder: Path) -> None:
+def _native(stock: type[PreTrainedModel]) -> type[ChatGLMAutoModel]:
+    """What the Auto classes call where they would call `stock`: folders that glmquant did not write are left to it."""
+
+    class NativeAutoModel(ChatGLMAutoModel):
+        config_class = stock.config_class
+
+        @classmethod
+        def from_pretrained(
+            cls, pretrained_model_name_or_path: str | PathLike[str], *args: Any, **options: Any
+        ) -> Any:
+            """A model of `glmquant.load`, with ``chat`` and ``quantize``, or one of transformers' own."""
+            name = pretrained_model_name_or_path
+            place = {option: options[option] for option in _PLACE_OPTIONS if option in options}
+            report = cached_file(name, REPORT, _raise_exceptions_for_missing_entries=False, **place)
+            if report is None or options.get("subfolder"):
+                return stock.from_pretrained(name, *args, **options)
+            return super().from_pretrained(name, *args, **options)
+
+        @classmethod
+        def _from_config(cls, config: Any, **options: Any) -> Any:
+            return stock._from_config(config, **options)
+
+    NativeAutoModel.__name__ = stock.__name__  # pipelines know what they can run by its name
+    return NativeAutoModel
+
+
+def _refuse_changes(config: PreTrainedConfig, folder: Path) -> None:
     """The model is built from config.json: changes to the object would silently be without effect."""
-    stored = ChatGLMConfig.from_pretrained(folder).to_dict()
+    stored = type(config).from_pretrained(folder).to_dict()
     given = config.to_dict()
     changed = sorted(
         name
@@ -255,6 +287,12 @@ def register() -> None:
     AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
         auto.register(ChatGLMConfig, ChatGLMAutoModel, exist_ok=True)
+    for auto, models in (
+        (AutoModel, (GlmModel, Glm4Model)),
+        (AutoModelForCausalLM, (GlmForCausalLM, Glm4ForCausalLM)),
+    ):
+        for stock in models:
+            auto.register(stock.config_class, _native(stock), exist_ok=True)
     for name, tokenizer in _TOKENIZERS.items():
         AutoTokenizer.register(_KEYS[name], slow_tokenizer_class=tokenizer, exist_ok=True)
     tokenization_auto.get_class_from_dynamic_module = _run_code_of_others

@@ -175,3 +175,10 @@ def ask(engine: Engine, ids: list[int], new: int = 16, **options: Any) -> tuple[
     engine.reserve()
     engine.submit(job)
     return job, heard
+
+
+def until(reached: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

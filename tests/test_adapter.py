@@ -22,7 +22,7 @@ from helpers_sources import (
     write_model,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import GlmForCausalLM
 
 from glmquant import Recipe, convert
 from glmquant import _quantize as quantize_module
@@ -81,7 +81,7 @@ def base(request: pytest.FixtureRequest) -> Path:
 def test_an_adapter_for_transformers_glm(
     variant: str, safe: bool, base: Path, converted: Path, tmp_path: Path
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
+    model = GlmForCausalLM.from_pretrained(converted, dtype=torch.float32)
     config = lora(target_modules=SPLIT, task_type="CAUSAL_LM", **VARIANTS[variant])
     merged = train(model, config, tmp_path / "adapter", safe=safe)
     convert(base, tmp_path / "out", Recipe(bits=16), adapter=tmp_path / "adapter")

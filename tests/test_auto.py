@@ -162,3 +162,30 @@ def test_the_card_streams(root: Path, tmp_path: Path, model: str) -> None:
     texts = [text for text, _ in pieces]
     assert len(texts) >= 1
     assert all("\ufffd" not in text for text in texts if isinstance(text, str))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "bits", "program"),
+    [
+        ("chatglm3-6b", 4, CHATGLM3_6B),
+        ("chatglm3-6b", 8, CHATGLM3_6B),
+        ("chatglm3-6b", 16, CHATGLM3_6B),
+        ("chatglm3-6b", 16, QUANTIZE),
+        ("chatglm3-6b", 4, ON_THE_CPU),
+        ("chatglm2-6b", 4, CHATGLM3_6B),
+        ("glm-4-9b-chat", 4, CHATGLM3_6B),
+    ],
+    ids=lambda value: str(value) if not str(value).startswith("\n") else "card",
+)
+def test_the_card_runs_on_what_convert_writes(
+    root: Path, tmp_path: Path, model: str, bits: int, program: str
+) -> None:
+    folder = root / f"{model}-native-{bits}"
+    if not folder.exists():
+        glmquant.convert(
+            card(root, model), folder, Recipe(bits=16) if bits == 16 else Recipe(bits=bits, group_size=32)
+        )
+    report = run_card(program + REPORT, folder, tmp_path)[-1]
+    assert report["turns"] == (2 if model == "chatglm2-6b" else 4)
+    assert report["bits"] == (4 if program is QUANTIZE else bits if bits < 16 else None)

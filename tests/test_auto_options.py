@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import glmquant
 from glmquant import Recipe, SourceError, UnsafeFileError, UsageError
 from glmquant.auto import register
+from glmquant.checkpoint.output import REPORT
 from glmquant.models.chatglm_config import ChatGLMConfig
 
 IDS = torch.arange(9)[None]
@@ -166,12 +167,14 @@ def test_damage_is_told_in_our_words(folder: Path) -> None:
         AutoModel.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_native_folders_stay_with_stock_transformers(folder: Path, tmp_path: Path) -> None:
+def test_native_folders_of_others_stay_with_stock_transformers(folder: Path, tmp_path: Path) -> None:
     glmquant.convert(folder, tmp_path / "native", Recipe(bits=16))
+    (tmp_path / "native" / REPORT).unlink()
     for auto, name in ((AutoModel, "GlmModel"), (AutoModelForCausalLM, "GlmForCausalLM")):
         model = auto.from_pretrained(tmp_path / "native")
         assert type(model).__module__ == "transformers.models.glm.modeling_glm"
         assert type(model).__name__ == name
+        assert type(auto.from_config(model.config)) is type(model)
     # Not the same bits: in half precision, our attention and output head round less often than torch's.
     torch.testing.assert_close(
         logits(model), logits(glmquant.load(tmp_path / "native", device="cpu")), atol=2e-4, rtol=1e-2

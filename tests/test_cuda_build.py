@@ -19,14 +19,14 @@ SOURCE = kernel_folder("cuda") / MAIN
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 needs_nvrtc = pytest.mark.skipif(libraries.find("nvrtc") is None, reason="no NVRTC (nvidia-cuda-nvrtc)")
 
-# What a thread may use; with 80 registers three blocks of 256 threads fit on a multiprocessor.
+# What a thread may use: a fifth more than nvcc 13 needs, as compilers differ.
 MOST_REGISTERS = {
-    "glmquant_scales": 80,
-    "glmquant_encode": 40,
-    "glmquant_pack": 32,
-    "glmquant_unpack": 32,
-    "glmquant_dequantize": 56,
-    "glmquant_errors": 40,
+    "glmquant_scales": 96,
+    "glmquant_encode": 48,
+    "glmquant_pack": 40,
+    "glmquant_unpack": 40,
+    "glmquant_dequantize": 64,
+    "glmquant_errors": 48,
 }
 
 

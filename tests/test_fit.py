@@ -134,7 +134,7 @@ def test_mixed_bits_convert_load_verify_and_check(source: Path, tmp_path: Path, 
 
 def test_mixed_bits_are_valid_compressed_tensors(source: Path, tmp_path: Path) -> None:
     from compressed_tensors.quantization import QuantizationConfig
-    from transformers import AutoModelForCausalLM
+    from transformers import GlmForCausalLM
 
     budget = (
         peak_of(source, Recipe(group_size=128)) + peak_of(source, Recipe(bits=8, group_size="row"))
@@ -142,7 +142,7 @@ def test_mixed_bits_are_valid_compressed_tensors(source: Path, tmp_path: Path) -
     out = convert(source, tmp_path / "out", Recipe(fit=Fit(budget, 64))).out
     section = json.loads((out / "config.json").read_text())["quantization_config"]
     assert len(QuantizationConfig.model_validate(section).config_groups) > 1
-    stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    stock = GlmForCausalLM.from_pretrained(out, dtype=torch.float32)
     ours = glmquant.load(out, device="cpu", dtype="float32")
     ids = torch.arange(20)[None]
     with torch.inference_mode():

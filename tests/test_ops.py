@@ -128,6 +128,39 @@ def test_torch_compile_takes_it_whole() -> None:
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize(
+    ("x", "packed", "scale"),
+    [((2, 64), (16, 8), (16, 0)), ((2, 64), (16, 8), (16,)), ((), (16, 8), (16, 2)), ((2, 0), (16, 0), (16, 2)),
+     ((2, 64), (8,), (16, 2)), ((2, 64), (), (16, 2))],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_table_is_refused(
+    x: tuple[int, ...], packed: tuple[int, ...], scale: tuple[int, ...]
+) -> None:
+    """Without groups the kernels would divide by zero."""
+    weight = torch.zeros(packed, dtype=torch.int32), torch.ones(scale), None
+    with pytest.raises(UsageError, match="are no"):
+        ops.linear(torch.zeros(x), *weight, None, 4)
+    if x:
+        with pytest.raises(UsageError, match="are no"):
+            ops.dequantize(*weight, 4, x[-1], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_a_bias_is_of_a_dtype_that_kernels_know(dtype: torch.dtype) -> None:
+    packed, scale, _ = operands(quantized(16, 64, Scheme(4, 32)))
+    with pytest.raises(UsageError, match="bias"):
+        ops.linear(activations(64, torch.float32, 2), packed, scale, None, torch.zeros(16, dtype=dtype), 4)
+
+
+def test_dequantize_checks_its_operands() -> None:
+    packed, scale, _ = operands(quantized(16, 64, Scheme(4, 32)))
+    assert ops.dequantize(packed[:0], scale[:0], None, 4, 64, torch.float32).shape == (0, 64)  # of no ids
+    for columns, table in ((72, scale), (64, scale[:8]), (64, scale.double())):
+        with pytest.raises(UsageError, match="do not fit"):
+            ops.dequantize(packed, table, None, 4, columns, torch.float32)
+
+
 def test_operands_that_do_not_go_together_are_refused() -> None:
     packed, scale, _ = operands(quantized(16, 64, Scheme(4, 32)))
     x = activations(64, torch.float32, 2)

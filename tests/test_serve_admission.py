@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from helpers_serve import listening, real_service, scripted, service_of, tiny_folder
+from helpers_serve import listening, real_service, scripted, service_of, tiny_folder, until
 
 from glmquant.checkpoint.source import open_folder
 from glmquant.memory import Model
@@ -118,13 +117,6 @@ class Encoder:
         service.prompt_ids = encode  # type: ignore[method-assign]
 
 
-def until(reached: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.fixture
 def service() -> Service:
     return service_of("chatglm3-6b", scripted("chatglm3-6b", slots=1), queue=1, timeout=30)
@@ -146,7 +138,10 @@ def test_encoding_has_a_place_in_the_queue(service: Service, encoder: Encoder) -
         asked = [pool.submit(complete, address) for _ in range(2)]
         until(lambda: service.engine.waiting == 2)
         assert complete(address).status_code == 429
-        assert complete(address, ["a", "b", "c"]).status_code == 429
+        assert complete(address, ["a", "b"]).status_code == 429
+        never = complete(address, ["a", "b", "c"])  # waiting would not help
+        assert (never.status_code, "retry-after" in never.headers) == (400, False)
+        assert "takes 2 prompts" in never.json()["error"]["message"]
         encoder.gate.set()
         assert [each.result().status_code for each in asked] == [200, 200]
         assert complete(address, ["a", "b"]).status_code == 200

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from helpers_cards import CONFIGS
-from helpers_serve import tiny_folder
+from helpers_serve import tiny_folder, until
 
 from glmquant import families
 from glmquant.checkpoint.source import open_folder
@@ -28,6 +29,7 @@ from glmquant.cli import main
 from glmquant.errors import DoesNotFitError, UsageError
 from glmquant.families import Role
 from glmquant.memory import Held, Model
+from glmquant.serve import admission
 from glmquant.serve.admission import admit
 
 CHAT = "/v1/chat/completions"
@@ -143,29 +145,38 @@ def test_keys_names_and_what_is_printed() -> None:
         assert "hello" not in "".join(lines)  # prompts are nobody's business
 
 
-def test_resident_memory_stays_within_the_plan() -> None:
-    if not Path("/proc/self/status").exists():
-        pytest.skip("there is no /proc here")
-    with serving("--max-batch", "8", "--context", "2048", "--device", "cpu", OMP_NUM_THREADS="1") as (
-        process,
-        address,
-        _,
-    ):
+def test_prompts_and_answers_are_logged_where_asked() -> None:
+    with serving("--log-prompts", "--context", "128", "--device", "cpu") as (_, address, lines):
+        assert httpx.post(address + CHAT, json=GOOD, timeout=60).status_code == 200
+        until(lambda: any("answered" in line for line in lines))
+        assert any("asked" in line and "hello" in line for line in lines)
+
+
+def test_requests_take_no_more_memory_than_is_planned_for_them() -> None:
+    """Less the idle process, whose size is the interpreter's and the libraries'."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("there is no Linux' /proc here")
+    model = Model.of_checkpoint(open_folder(tiny_folder("chatglm3-6b")))
+    memory = admit(model, "cpu", context=2048, max_batch=8).memory
+    options = ("--max-batch", "8", "--context", "2048", "--device", "cpu")
+    with serving(*options, OMP_NUM_THREADS="1") as (process, address, _):
+
+        def kilobytes(what: str) -> int:
+            return int(re.search(rf"{what}:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1])  # type: ignore[index]
+
+        def ask(_: int) -> httpx.Response:
+            body = {"prompt": [5] * 1500, "max_tokens": 30, "temperature": 1.0}
+            return httpx.post(address + "/v1/completions", json=body, timeout=300)
+
         planned = float(re.search(r"memory_planned_bytes (\d\S+)", httpx.get(address + "/metrics").text)[1])  # type: ignore[index]
-        body = {"prompt": [[5] * 1500][0], "max_tokens": 30, "temperature": 1.0}
-        threads = [
-            threading.Thread(
-                target=httpx.post, args=(address + "/v1/completions",), kwargs={"json": body, "timeout": 300}
-            )
-            for _ in range(16)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        resident = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
-    assert resident <= planned
+        assert planned == memory.peak
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins anew
+        idle = kilobytes("VmRSS")
+        with ThreadPoolExecutor(16) as pool:
+            assert [answer.status_code for answer in pool.map(ask, range(16))] == [200] * 16
+        grown = (kilobytes("VmHWM") - idle) * 1024
+    # Python's and uvicorn's own are a part of what is planned for the process.
+    assert grown <= memory.cache + memory.activations + memory.slack + (8 << 20)
 
 
 # What is refused before anything is loaded
@@ -189,6 +200,21 @@ def test_bad_usage(tmp_path: Path) -> None:
             assert result.exit_code == 2, result.output
             assert says in result.output
             assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "verify"])
+def test_a_folder_that_is_not_there_is_told_before_torch_is_imported(command: str) -> None:
+    program = f"""
+import sys
+from glmquant.cli import main
+try:
+    main(["{command}", "nosuch"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("glmquant: the folder 'nosuch' does not exist")
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
@@ -229,7 +255,18 @@ def test_slots_are_what_fits() -> None:
         admit(model, "cuda", vram=80 << 30, context=10**6)
 
 
+def test_any_number_of_slots_is_decided_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.of_checkpoint(open_folder(tiny_folder("chatglm3-6b")))
+    calls: list[Any] = []
+    estimate = admission.estimate
+    monkeypatch.setattr(admission, "estimate", lambda *args: calls.append(args) or estimate(*args))
+    found = admit(model, "cpu", vram=2 << 30, max_batch=10**6)
+    assert found.memory.peak <= 2 << 30
+    assert admit(model, "cpu", vram=2 << 30, max_batch=found.slots + 1).slots == found.slots > 16
+    assert len(calls) < 60
+
+
 def test_chatglm_6b_has_one_slot() -> None:
     model = Model.of_checkpoint(open_folder(tiny_folder("chatglm-6b")))
-    admission = admit(model, "cpu", vram=8 << 30, max_batch=9)
-    assert (admission.slots, admission.chunk, admission.context) == (1, None, 2048)
+    found = admit(model, "cpu", vram=8 << 30, max_batch=9)
+    assert (found.slots, found.chunk, found.context) == (1, None, 2048)

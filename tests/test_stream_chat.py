@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import itertools
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ import glmquant
 from glmquant.errors import UsageError
 from glmquant.models.chat import ChatCache
 from glmquant.models.streaming import Transcript, generate_tokens
-from glmquant.prompts import prompt_for
+from glmquant.prompts import Prompt, prompt_for
 
 WITH_ROLES = ("chatglm3-6b", "glm-4-9b-chat")  # an answer begins with a line for metadata
 EMOJI = "表情👋🏽 and 👨\u200d👩\u200d👧\u200d👦, é，完。\n```python\n    x = 1\n```"
@@ -87,6 +89,57 @@ def test_transcript_equals_decoding_at_once(name: str, source: str) -> None:
         # At most an unfinished character is missing, or a space that more text would show.
         assert transcript.whole().startswith(transcript.text.rstrip("\ufffd"))
         assert len(transcript.whole()) - len(transcript.text) <= 1
+
+
+def silent(prompt: Prompt) -> list[int]:
+    """Ids that show nothing, of those where they are found."""
+    count = len(prompt.tokenizer)
+    return [row for row in (*range(300), *range(count - 300, count)) if not prompt.decode([row])]
+
+
+@pytest.mark.parametrize(("name", "source"), SOURCES)
+def test_white_space_and_what_shows_nothing(name: str, source: str) -> None:
+    """Models repeat themselves, and line breaks and control tokens, too; their cost is that of other ids."""
+    prompt = prompt_for(tokenizer_of(name, source))
+    decoded = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return prompt.decode(ids)
+
+    shown = prompt.plain(EMOJI)
+    spaces = {
+        text: prompt.plain(f"a{text}b")[1:-1] or prompt.plain(text) for text in ("\n", "  ", "\t", "\u3000")
+    }
+    nothing = silent(prompt)[:3]
+    for run in (*spaces.values(), *([row] for row in nothing), nothing + spaces["\n"]):
+        for start in ([], shown):
+            ids = [*start, *run * 200, *shown, *run * 20, *shown]
+            transcript = Transcript(decode)
+            decoded = 0
+            for end, row in enumerate(ids, 1):
+                if transcript.add(row) and end % 7 == 0:
+                    assert transcript.text == prompt.decode(ids[:end])
+            assert decoded < 80 * len(ids)
+            assert transcript.text == prompt.decode(ids)
+
+
+@pytest.mark.parametrize(("name", "source"), SOURCES)
+def test_any_mixture(name: str, source: str) -> None:
+    prompt = prompt_for(tokenizer_of(name, source))
+    pieces = [
+        prompt.plain(text) for text in ("\n", " ", "    ", "\t", "\u3000", "a", " b", "好", "👋", "\n\n", ",")
+    ]
+    pieces += [[row] for row in silent(prompt)[:2]]
+    for seed in range(15):
+        some = random.Random(seed)
+        kept = some.sample(pieces, 3)
+        ids = [row for _ in range(80) for row in some.choice(kept)]
+        transcript = Transcript(prompt.decode)
+        for end, row in enumerate(ids, 1):
+            if transcript.add(row):
+                assert transcript.text == prompt.decode(ids[:end]), (seed, ids[:end])
 
 
 def test_bytes_that_are_no_text() -> None:

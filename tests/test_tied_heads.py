@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM
+from transformers import GlmConfig, GlmForCausalLM
 
 import glmquant
 from glmquant import Recipe, UsageError
@@ -34,8 +34,8 @@ def test_a_tied_glm_loads_and_verifies(tied_glm: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     glmquant.convert(tied_glm, out, Recipe(group_size=32))
     assert glmquant.verify(out, tied_glm).ok
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    original = AutoModelForCausalLM.from_pretrained(tied_glm, dtype=torch.float32)
+    model = GlmForCausalLM.from_pretrained(out, dtype=torch.float32)
+    original = GlmForCausalLM.from_pretrained(tied_glm, dtype=torch.float32)
     ids = torch.arange(2, 20)[None]
     with torch.inference_mode():
         ours, theirs = model(ids).logits, original(ids).logits

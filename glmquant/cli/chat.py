@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from ..errors import GlmquantError, UsageError
+from ..hub import resolve
 
 _HELP = """\
 /clear        forget the conversation (or: clear)
@@ -280,6 +281,7 @@ def chat(
     if greedy and (temperature is not None or top_p is not None):
         raise UsageError("--greedy takes the likeliest token, so leave out --temperature and --top-p.")
     given = {"max_length": max_length, "temperature": temperature, "top_p": top_p}
+    resolve(out)  # before torch is imported, which takes seconds
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if greedy:
         options["do_sample"] = False

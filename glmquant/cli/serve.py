@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import UsageError
+from ..hub import resolve
 from ..recipe import parse_size, show_size
 
 
@@ -43,7 +44,7 @@ from ..recipe import parse_size, show_size
 @click.option("--allow-host", multiple=True, metavar="NAME",
               help="Another name for a server on 127.0.0.1, as behind a proxy; * is any.")  # fmt: skip
 @click.option("--max-body", default="4MiB", show_default=True, metavar="SIZE", help="Largest request.")
-@click.option("--log-prompts", is_flag=True, help="Write prompts and answers to the log.")
+@click.option("--log-prompts", is_flag=True, help="Write prompts and answers to the log on stderr.")
 def serve(
     out: str,
     host: str,
@@ -78,6 +79,7 @@ def serve(
 
     SIGTERM or Ctrl-C lets what runs finish, for --timeout at most, and refuses what waits; a second one ends at once.
     """  # noqa: D301 - click wants the character itself: a paragraph that is not to be wrapped
+    resolve(out)  # before torch is imported, which takes seconds
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401

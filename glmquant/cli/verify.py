@@ -8,6 +8,7 @@ import sys
 import click
 
 from ..errors import UsageError
+from ..hub import resolve
 from .terminal import json_option, print_rows, progress_bar
 
 _SHOWN_PROBLEMS = 20  # with the wrong source there is one for every weight
@@ -29,6 +30,7 @@ def verify(out: str, source: str | None, adapter: str | None, as_json: bool) -> 
 
     Exit status 1 if anything is wrong.
     """  # noqa: D301 - see main
+    resolve(out)  # before torch is imported, which takes seconds
     from .._verify import verify as run
 
     if adapter is not None and source is None:

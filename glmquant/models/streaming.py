@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 from collections.abc import Callable, Generator, Sequence
+from itertools import takewhile
 from queue import SimpleQueue
 from typing import Any, ClassVar
 
@@ -17,6 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 _HALF = "\ufffd"
 # A character has at most four bytes; more tokens than this that give none are not the start of one.
 _PATIENCE = 16
+# Ids that are decoded again with a new one, where none is fit to begin with: white space, and what shows nothing.
+_MOST_AGAIN = 32
 
 
 class Transcript:
@@ -37,23 +40,36 @@ class Transcript:
         self._decode = decode
         self.ids: list[int] = []
         self.text = ""
-        # ids[:shown] are in text; ids[context:shown] are decoded once more with what follows, because the
-        # space in front of a piece depends on whether it comes first. They begin with a piece that shows.
-        self._context = self._shown = 0
+        # What is decoded with the next id: the first `known` of these are in text, and are there because the space in
+        # front of a piece depends on whether it comes first. They begin with a piece that shows, or as the answer does.
+        self._window: list[int] = []
+        self._known = 0
+        self._halves = 0
 
     def add(self, row: int) -> bool:
         """Append an id; True when the text changed."""
         self.ids.append(row)
-        before = self._decode(self.ids[self._context : self._shown])
-        after = self._decode(self.ids[self._context :])
-        patient = len(self.ids) - self._shown < _PATIENCE
-        if after == before or (patient and after.endswith(_HALF)):
+        self._window.append(row)
+        before = self._decode(self._window[: self._known])
+        after = self._decode(self._window)
+        if after == before:
+            if len(self._window) - self._known > _PATIENCE:
+                self._window.pop()  # it shows nothing, like those before it
             return False
-        self.text = self.text[: len(self.text) - len(before)] + after
-        latest = self._decode(self.ids[self._shown :])
+        self._halves = self._halves + 1 if after.endswith(_HALF) else 0
+        if 0 < self._halves < _PATIENCE:
+            return False
+        self._halves = 0
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
+        same = sum(1 for _ in alike)
+        self.text = self.text[: len(self.text) - len(before) + same] + after[same:]
+        latest = self._decode(self._window[self._known :])
         if latest.strip() and self.text.endswith(latest):
-            self._context = self._shown
-        self._shown = len(self.ids)
+            del self._window[: self._known]
+        elif len(self._window) > _MOST_AGAIN:
+            # The first ones take what decoding does to a beginning; how the text grows shows by the last ones.
+            del self._window[_MOST_AGAIN // 4 : -_MOST_AGAIN // 4]
+        self._known = len(self._window)
         return True
 
     def whole(self) -> str:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from . import reference
 from .choice import Request, choose
 from .interleaved import CHUNK
-from .reference import dequantize
 from .weight import Layout, height
 
 __all__ = ["dequantize", "linear"]
@@ -57,6 +57,20 @@ def linear(
     return result
 
 
+def dequantize(
+    packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows of a packed weight as [rows, columns] of `dtype`; see `glmquant.ops.reference.dequantize`.
+
+    Raises:
+        UsageError: shapes or dtypes that do not go together.
+    """
+    x = torch.empty((0, columns), dtype=dtype, device=packed.device)
+    _check_ranks(x, packed, scale)
+    _check(x, packed, scale, zero_point, None, bits)
+    return reference.dequantize(packed, scale, zero_point, bits, columns, dtype)
+
+
 def _define(bits: int) -> None:
     name = f"glmquant::linear_w{bits}"
     torch.library.define(
@@ -68,6 +82,7 @@ def _define(bits: int) -> None:
     def run(
         x: Tensor, weight_packed: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
     ) -> Tensor:
+        _check_ranks(x, weight_packed, weight_scale)
         _check(x, weight_packed, weight_scale, zero_point, bias, bits)
         request = Request.of(x, weight_scale, zero_point, bits, Layout(weight_packed.dim()))
         rows = x.reshape(-1, x.shape[-1])
@@ -77,11 +92,28 @@ def _define(bits: int) -> None:
     def fake(
         x: Tensor, weight_packed: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
     ) -> Tensor:
+        _check_ranks(x, weight_packed, weight_scale)
         _check(x, weight_packed, weight_scale, zero_point, bias, bits)
         return x.new_empty((*x.shape[:-1], height(weight_packed)))
 
     torch.library.impl(name, "default", run)
     torch.library.register_fake(name, fake)
+
+
+def _check_ranks(x: Tensor, packed: Tensor, scale: Tensor) -> None:
+    """Tables, and in each something to compute with."""
+    axis = 1 if packed.dim() == 2 else 0  # of the groups
+    if (
+        x.dim() < 1
+        or not 2 <= packed.dim() <= 4
+        or scale.dim() != 2
+        or not x.shape[-1]
+        or not scale.shape[axis]
+    ):
+        raise UsageError(
+            f"activations {list(x.shape)}, a weight stored as {list(packed.shape)} and scales {list(scale.shape)} are "
+            "no [..., in], table of codes and [out, groups]."
+        )
 
 
 def _check(
@@ -119,6 +151,8 @@ def _check(
         )
     if bias is not None and bias.shape != (rows,):
         raise UsageError(f"a bias of {list(bias.shape)} does not fit {rows} output rows.")
+    if bias is not None and bias.dtype not in _FLOATS:
+        raise UsageError(f"a quantized layer takes a half, bfloat16 or float32 bias, not {bias.dtype}.")
 
 
 _define(4)

@@ -105,10 +105,15 @@ class Prompt(ABC):
 
     def plain(self, text: str) -> list[int]:
         """The ids of `text`, in which nothing becomes a special token."""
-        try:
-            return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-        except UnicodeEncodeError:
-            raise UsageError("the text holds half of a surrogate pair, which is no character.") from None
+        checked_text(text, "the text")
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def check(self, ids: Sequence[int]) -> None:  # noqa: B027  # most models read any ids
+        """Refuse ids from elsewhere that are no prompt of this model.
+
+        Raises:
+            UsageError: a token is missing without which the model cannot read them.
+        """
 
     def token(self, text: str) -> int:
         """The id of a special token.
@@ -126,11 +131,20 @@ class Prompt(ABC):
     def _text(self, value: object, what: str) -> str:
         if not isinstance(value, str):
             raise UsageError(f"{what} must be text, not {type(value).__name__} ({value!r:.60}).")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UsageError(f"{what} holds half of a surrogate pair, which is no character.") from None
-        return value
+        return checked_text(value, what)
+
+
+def checked_text(text: str, what: str) -> str:
+    """`text`, in which each character is one.
+
+    Raises:
+        UsageError: half of a surrogate pair is none; tokenizers fail on it, or put something else in its place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{what} holds half of a surrogate pair, which is no character.") from None
+    return text
 
 
 def token_id(tokenizer: Any, text: str) -> int | None:
@@ -235,12 +249,13 @@ class MessagePrompt(Prompt):
         """Tools as a system message shows them.
 
         Raises:
-            UsageError: they are no JSON.
+            UsageError: they are no JSON, or no text.
         """
         try:
-            return json.dumps(tools, indent=4, ensure_ascii=False)
+            text = json.dumps(tools, indent=4, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"the tools of the system message are no JSON: {error}.") from None
+        return checked_text(text, "the description of the tools")
 
     @abstractmethod
     def prefix_ids(self) -> list[int]:

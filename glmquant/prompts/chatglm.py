@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
+from ..errors import UsageError
 from ..tokenizers.kind import Kind
 from .base import Sampling, Turn, TurnPrompt
 
@@ -36,6 +37,14 @@ class ChatGLMPrompt(TurnPrompt):
         """The text, then ``[gMASK] <sop>``."""
         text = self.text(self._checked(query, role), history)
         return [*self._encode(text), self.token("[gMASK]"), self.token("<sop>")]
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Positions are counted from ``<sop>`` and from ``[gMASK]``, or ``[MASK]``."""
+        if self.token("<sop>") not in ids or not {self.token("[gMASK]"), self.token("[MASK]")} & set(ids):
+            raise UsageError(
+                f"these ids are no prompt of {self.name}: it ends in [gMASK] <sop>, and has {self.token('[gMASK]')} "
+                f"and {self.token('<sop>')} for them."
+            )
 
     def _encode(self, text: str) -> list[int]:
         if self.encode_special_tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -65,10 +66,15 @@ def admit(
     serial = model.family == "chatglm"
     chunk = None if serial else min(_CHUNK[device], context)
     most = 1 if serial else max_batch or BATCH
-    for slots in range(most, 0, -1):
-        memory = _memory(model, device, slots, context, chunk)
-        if limit is None or memory.peak <= limit:
-            return Admission(slots, context, chunk, memory, limit)
+    slots = most
+    if limit is not None:  # memory grows with each slot
+        counts = range(1, most + 1)
+        slots = bisect_right(
+            counts, limit, key=lambda count: _memory(model, device, count, context, chunk).peak
+        )
+    memory = _memory(model, device, max(1, slots), context, chunk)
+    if slots:
+        return Admission(slots, context, chunk, memory, limit)
     assert limit is not None
     what = "memory" if device == "cpu" else "VRAM"
     raise DoesNotFitError(

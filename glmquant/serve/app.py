@@ -71,8 +71,7 @@ def create_app(
         """THUDM's address for ChatGLM-6B and ChatGLM2-6B."""
         pairs = body.history or []
         asked = from_pairs(service.prompt, body.prompt, pairs)
-        length = len(body.prompt) + sum(len(text or "") for pair in pairs for text in pair)
-        with service.reserve(length) as place:
+        with service.reserve(asked.length(service.most_characters)) as place:
             ids = await unless_left(request, place.encode(lambda: asked.ids(service.prompt)))
             if body.max_length is not None and body.max_length <= len(ids):
                 raise ApiError(

@@ -24,6 +24,27 @@ class Conversation:
     history: History
     role: str = "user"
 
+    def length(self, most: int) -> int:
+        """Characters of it, as the prompt writes them; counting ends beyond `most`.
+
+        Raises:
+            ApiError: tools are nested too deeply to be written.
+        """
+        count = len(self.query)
+        for entry in self.history:
+            texts = (entry.get("metadata", ""), entry["content"]) if isinstance(entry, dict) else entry
+            count += sum(map(len, texts))
+            if isinstance(entry, dict) and "tools" in entry:
+                # Each line is indented by its depth, so a small description may be a very long text.
+                try:
+                    for part in json.JSONEncoder(indent=4, ensure_ascii=False).iterencode(entry["tools"]):
+                        count += len(part)
+                        if count > most:
+                            break
+                except RecursionError:
+                    raise _wrong("tools", "parameters are nested too deeply.") from None
+        return count
+
     def ids(self, prompt: Prompt) -> list[int]:
         """The ids that ask for an answer."""
         return prompt.ids(self.query, prompt.history(self.history), self.role)

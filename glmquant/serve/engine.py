@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import GlmquantError
 from ..models.chat import InvalidScoreLogitsProcessor
 from ..models.streaming import Transcript
 from .jobs import Failed, Job, QueueFull, Refused, Run, ShuttingDown, TimedOut, Update
@@ -87,6 +88,11 @@ class Engine:
         return len(self._waiting) + self._reserved
 
     @property
+    def places(self) -> int:
+        """Requests that there is room for, in the queue and in slots."""
+        return self._limit + self._runner.slots
+
+    @property
     def running(self) -> int:
         """Requests in slots."""
         return len(self._running)
@@ -111,7 +117,7 @@ class Engine:
         """
         with self._lock:
             self._check_open()
-            if self.waiting + len(self._running) + count > self._limit + self._runner.slots:
+            if self.waiting + len(self._running) + count > self.places:
                 raise QueueFull(f"{self.waiting} requests are waiting already; ask again later.")
             self._reserved += count
 
@@ -268,6 +274,8 @@ class Engine:
                     groups = [[each] for each in group]
                     continue
                 self._fail(group[0][0])
+                if isinstance(error, GlmquantError):  # it is the request that is wrong
+                    continue
                 self._failures += 1
                 if self._failures >= _FAILURES:
                     raise

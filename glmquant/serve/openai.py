@@ -54,9 +54,8 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         functions = body.offered
         asked = from_messages(service.prompt, body.messages, functions)
-        length = sum(len(m.text) for m in body.messages) + sum(len(str(f.parameters)) for f in functions)
         limits = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
-        with service.reserve(length) as place:
+        with service.reserve(asked.length(service.most_characters)) as place:
             ids = await unless_left(request, place.encode(lambda: asked.ids(service.prompt)))
             ticket = place.submit(
                 ids, max_new_tokens=min(limits, default=None), temperature=body.temperature, top_p=body.top_p,

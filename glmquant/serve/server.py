@@ -26,7 +26,7 @@ from .admission import Admission, admit
 from .engine import Engine
 from .metrics import Metrics
 from .runners import Piece, Runner, SerialRunner, SlotRunner
-from .service import Service, Settings
+from .service import PROMPT_LOG, Service, Settings
 
 
 def open_model(
@@ -135,8 +135,11 @@ class Server(uvicorn.Server):
 
 def configure(app: ASGIApp, **options: Any) -> uvicorn.Config:
     """Uvicorn's settings. Idle connections stay longer than clients keep them, so that none is closed in use."""
+    log = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    log["loggers"][PROMPT_LOG] = {"handlers": ["default"], "level": "INFO"}
     return uvicorn.Config(
         app,
+        log_config=log,
         lifespan="off",
         server_header=False,
         timeout_keep_alive=75,

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..prompts import Prompt
+from ..prompts.base import checked_text
 from .engine import Engine
 from .errors import ApiError, from_engine
 from .jobs import Job, Refused, TimedOut, Update
@@ -22,6 +23,7 @@ from .sampling import Sampling
 
 # No token of the published vocabularies stands for more characters: what is longer cannot fit, and need not be encoded.
 _CHARACTERS = 128
+PROMPT_LOG = "glmquant.serve.prompts"
 _HEADSTART = 5.0  # seconds in which an error still gets its own status
 
 
@@ -71,7 +73,12 @@ class Service:
         self._vocab, self._stop_ids = vocab, frozenset(stop_ids)
         # Tokenizers are not made for several threads, and long texts take their time.
         self._encoder = ThreadPoolExecutor(1, "glmquant-encode")
-        self._log = logging.getLogger("glmquant.serve.prompts")
+        self._log = logging.getLogger(PROMPT_LOG)
+
+    @property
+    def most_characters(self) -> int:
+        """A longer prompt has too many tokens for certain."""
+        return self.context * _CHARACTERS
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model than ours where that is wanted."""
@@ -86,10 +93,18 @@ class Service:
         """Places in the queue for prompts with so many characters each; what is not used is given back.
 
         Raises:
-            ApiError: a prompt is too long for certain, too many requests wait, or the server is about to end.
+            ApiError: a prompt is too long for certain, there are too many, too many requests wait, or the server is
+                about to end.
         """
-        if max(characters) > self.context * _CHARACTERS:
+        if max(characters) > self.most_characters:
             raise self._too_long(f"over {self.context}")
+        if len(characters) > self.engine.places:
+            raise ApiError(
+                400,
+                f"this server takes {self.engine.places} prompts at once, not {len(characters)}; send fewer.",
+                param="prompt",
+                code="invalid_value",
+            )
         try:
             self.engine.reserve(len(characters))
         except Refused as error:
@@ -106,8 +121,14 @@ class Service:
         Raises:
             ApiError: they do not fit, cannot be, or take longer than `seconds`.
         """
+
+        def checked() -> list[int]:
+            found = ids()
+            self.prompt.check(found)
+            return found
+
         try:
-            coming = asyncio.get_running_loop().run_in_executor(self._encoder, ids)
+            coming = asyncio.get_running_loop().run_in_executor(self._encoder, checked)
             found = await asyncio.wait_for(coming, seconds)
         except asyncio.TimeoutError:
             raise self.refusal(TimedOut("the answer took longer than this server allows.")) from None
@@ -126,6 +147,7 @@ class Service:
         if isinstance(prompt, list):
             return prompt
         tokenizer = self.prompt.tokenizer
+        checked_text(prompt, "the prompt")
         return list(tokenizer.encode(prompt, split_special_tokens=self.prompt.kind != "template"))
 
     def _too_long(self, count: str) -> ApiError:
