@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ def kernel_folder(kind: str) -> Path:
 
 def cache_folder(kind: str) -> Path:
     """A folder that can be written, for things of a `kind`: below ``GLMQUANT_CACHE`` or the user's cache, or else a
-    new temporary one.
+    temporary one, which this process keeps to and removes when it ends.
     """
     named = os.environ.get("GLMQUANT_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -28,4 +29,16 @@ def cache_folder(kind: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix=f"glmquant-{kind}-"))
+        return Path(_temporary(kind).name)
+
+
+@functools.cache
+def _temporary(kind: str) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix=f"glmquant-{kind}-", ignore_cleanup_errors=True)
+
+
+def settle(made: Path, path: Path) -> None:
+    """Give a file its name, whole or not at all whoever else builds it, and whatever happens to the power."""
+    with made.open("rb") as file:
+        os.fsync(file.fileno())
+    made.replace(path)

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._folders import cache_folder, kernel_folder
+from ._folders import cache_folder, kernel_folder, settle
 
 # No contraction of a*b+c and no -ffast-math: roundings are part of what a kernel promises.
 _FLAGS = (
@@ -116,7 +116,10 @@ def _find() -> _Loaded:
     try:
         return _Loaded(_bind(_built(compiler)), "")
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+        status = (
+            f"exit status {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else error
+        )
+        said = getattr(error, "stderr", None) or str(status)
         line = next((line for line in said.splitlines() if "error" in line), said.strip().partition("\n")[0])
         return _Loaded(None, f"{compiler} could not build the CPU kernels ({line})")
 
@@ -144,7 +147,7 @@ def _built(compiler: str) -> Path:
             if done.returncode == 0:
                 break
         done.check_returncode()
-        made.replace(path)  # whole or not at all, whoever else builds it
+        settle(made, path)
     return path
 
 

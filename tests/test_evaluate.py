@@ -191,6 +191,7 @@ def test_halves_share_no_line_if_there_are_several(text: str, first: str) -> Non
         ({"window": 16, "windows": 0}, "0 windows are none"),
         ({"window": 16, "dtype": "int8"}, "dtype 'int8' is not one to compute in"),
         ({"window": 16, "device": "abacus"}, "device 'abacus' cannot be used here"),
+        ({"window": 16, "device": "cuda:7"}, "device 'cuda:7' cannot be used here .*; use 'cpu', or a build"),
     ],
 )
 def test_sizes_that_make_no_window(

@@ -218,7 +218,10 @@ def test_built_once(tmp_path: Path) -> None:
 def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
     file = tmp_path / "a-file"
     file.write_text("")
-    assert ask(tmp_path, GLMQUANT_CACHE=str(file)) == "True | None"
+    (tmp_path / "temporary").mkdir()
+    found = ask(tmp_path, GLMQUANT_CACHE=str(file), TMPDIR=str(tmp_path / "temporary"))
+    assert found == "True | None"
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_turned_off(tmp_path: Path) -> None:
@@ -239,3 +242,12 @@ def test_compiler_that_fails(tmp_path: Path) -> None:
         f"False | {broken} could not build the CPU kernels (x.cpp:1: error: out of luck)"
     )
     assert not list((tmp_path / "native").iterdir())
+
+
+def test_compiler_that_says_nothing(tmp_path: Path) -> None:
+    silent = tmp_path / "silent-c++"
+    silent.write_text("#!/bin/sh\nexit 7\n")
+    silent.chmod(0o755)
+    assert (
+        ask(tmp_path, CXX=str(silent)) == f"False | {silent} could not build the CPU kernels (exit status 7)"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from .._folders import cache_folder, kernel_folder
+from .._folders import cache_folder, kernel_folder, settle
 from . import nvrtc
 from .errors import UnavailableError
 from .source import ARCHITECTURES, FLAGS, MAIN, digest, texts
@@ -61,5 +61,5 @@ def compiled(architecture: int, compiler: nvrtc.Nvrtc) -> bytes:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         made = Path(scratch) / path.name
         made.write_bytes(code)
-        made.replace(path)  # whole or not at all, whoever else builds it
+        settle(made, path)
     return code

@@ -23,7 +23,7 @@ from ..families import Part, Role, TensorSpec
 from ..formats import StoredWeight, blocks, read_rows
 from ..scheme import QuantizedTensor
 from .building import Checkpoint, build, open_checkpoint
-from .placement import DeviceMap, Placement
+from .placement import DeviceMap, Placement, checked_device
 from .quantized import packed_names
 
 _BLOCK_BYTES = 16 << 20  # of a 16-bit tensor that are copied at a time
@@ -65,6 +65,8 @@ def load(
         QuantizedSourceError: config.json names a quantization that glmquant does not know.
         UsageError: options that contradict each other.
     """
+    if device_map is None:
+        device = checked_device(device)  # before anything that takes time
     checkpoint = open_checkpoint(path, adapter)
     model = build(checkpoint, compute_dtype(dtype, checkpoint), attn_implementation)
     folder = checkpoint.source.folder

@@ -161,7 +161,9 @@ def checked_device(device: Any) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        raise UsageError(f"device {device!r} cannot be used here ({reason}).") from None
+        raise UsageError(
+            f"device {str(device)!r} cannot be used here ({reason}); use 'cpu', or a build of PyTorch for the GPU."
+        ) from None
     return found
 
 
