@@ -40,7 +40,7 @@ from glmquant.bench import environment
 from glmquant.formats.compressed_tensors import CompressedTensors
 from glmquant.models.blocks import BlockwiseModel
 from glmquant.models.building import open_checkpoint
-from glmquant.recipe import CALIBRATED
+from glmquant.recipe import CALIBRATED, Calibration
 from glmquant.tokenizers.loading import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -224,7 +224,8 @@ def _converted(source: Path, out: Path, arguments: tuple[str, ...], seen: Path) 
 def _mixed(source: Path, out: Path, bits: float, method: str, seen: Path) -> dict[str, Any]:
     """Bits and groups for every layer, so that linear layers take `bits` for each weight on average."""
     opened = _open.open_source(source)
-    units = _sensitivity.measure(source).units
+    calibration = Calibration(str(seen), CALIBRATION_WINDOWS) if method in CALIBRATED else None
+    units = _sensitivity.measure(source, method, calibration=calibration).units
     dtype = families.stated_dtype(opened.source.config)
     options = [_fit._options(unit, dtype, CompressedTensors()) for unit in units]
     weights = sum(unit.shape[0] * unit.shape[1] for unit in units)

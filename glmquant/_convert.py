@@ -26,10 +26,10 @@ from .plan import Plan, make_plan
 from .recipe import Recipe, show_size
 
 if TYPE_CHECKING:
-    from ._calibrate import CalibrationText
     from ._device import Gpu
     from ._quantize import Task
     from ._sensitivity import Measurement
+    from .calibration import CalibrationText
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the name of what is being worked on."""
@@ -247,7 +247,7 @@ def _write_weights(
     shards = SourceShards(opened.source, todo, keep_what_is_done)
     prepared: Iterable[Task] = todo
     if text is not None:
-        from ._calibrate import Calibrator
+        from .calibration import Calibrator
 
         prepared = Calibrator(
             opened,
@@ -308,7 +308,7 @@ def _hints(plan: Plan, gpu: Gpu | None, idle: str | None) -> Iterator[str]:
 def _calibration_text(plan: Plan, opened: OpenedSource) -> CalibrationText | None:
     if plan.recipe.calibration is None:
         return None
-    from ._calibrate import calibration_text
+    from .calibration import calibration_text
 
     return calibration_text(plan.recipe.calibration, opened.folder, plan.dims.context)
 

@@ -274,7 +274,7 @@ def _measured(
     quantizer = quantizers.data_free(method)
     inputs: Mapping[str, torch.Tensor] = {}
     if method in CALIBRATED:
-        from ._calibrate import mean_squares
+        from .calibration import mean_squares
 
         opened.fetch_sidecars()
         inputs = mean_squares(opened, calibration or Calibration(), progress)

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 from helpers_sources import CHATGLM, CHATGLM2, write_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_evaluate import TEXT, opinionated
 from test_original_tokenizers_tiny import chatglm_folder, glm4_folder, sentencepiece_folder
 
 import glmquant
-from glmquant import Recipe, Scheme, UsageError, _calibrate
-from glmquant._calibrate import Calibrator, calibration_text
+from glmquant import Recipe, Scheme, UsageError
 from glmquant._convert import plan_conversion
 from glmquant._open import open_source
 from glmquant._sensitivity import Kind
 from glmquant._windows import CALIBRATION_SAMPLE, SAMPLE, read_text
+from glmquant.calibration import Calibrator, calibration_text, mean_squares
 from glmquant.checkpoint.output import CARD, REPORT
 from glmquant.quantizers import QUANTIZERS, Gptq, LeastSquares
 from glmquant.recipe import CALIBRATED, Calibration
@@ -153,7 +153,7 @@ def test_a_full_disk_does_not_cost_the_blocks_that_are_done(
     models: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = recipe("glm", "gptq", texts[0])
-    usual = _calibrate.save_file
+    usual = save_file
 
     def full(tensors: Any, file: Path) -> None:
         if file.name.startswith("layer-1"):
@@ -161,7 +161,7 @@ def test_a_full_disk_does_not_cost_the_blocks_that_are_done(
         usual(tensors, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_calibrate, "save_file", full)
+        patch.setattr("glmquant.calibration.calibrator.save_file", full)
         with pytest.raises(glmquant.OutputError, match="--resume"):
             glmquant.convert(models["chatglm2"], tmp_path / "out", wanted, device="cpu")
     assert (tmp_path / "out.partial" / ".glmquant-calibrated" / "layer-0.safetensors").exists()
@@ -172,7 +172,7 @@ def test_sensitivities_are_those_of_the_text(models: dict[str, Path], texts: tup
     """Mean squares of hooks in the whole model; and the damage of a layer follows them."""
     calibration = Calibration(str(texts[0]), windows=8, window=WINDOW)
     opened = open_source(models["chatglm2"])
-    found = _calibrate.mean_squares(opened, calibration)
+    found = mean_squares(opened, calibration)
     model = glmquant.load(models["chatglm2"], "cpu", torch.float32)
     inputs: list[torch.Tensor] = []
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(

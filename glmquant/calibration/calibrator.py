@@ -11,10 +11,9 @@ one layer's inputs. After each block what has been found is written to a folder,
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,83 +22,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import families, formats
-from ._open import OpenedSource
-from ._windows import CALIBRATION_SAMPLE, cut, read_text
-from .checkpoint.source import TensorInfo
-from .errors import OutputError, QuantizationError
-from .families import TensorSpec
-from .models.blocks import BlockwiseModel
-from .models.building import Checkpoint
-from .models.loading import compute_dtype
-from .packing import pack_int32, unpack_int32
-from .plan import Plan
-from .recipe import RANDOM, Calibration
-from .scheme import QuantizedTensor
-from .tokenizers.loading import load_tokenizer
+from .. import families, formats
+from .._open import OpenedSource
+from ..errors import OutputError, QuantizationError
+from ..families import TensorSpec
+from ..models.blocks import BlockwiseModel
+from ..models.building import Checkpoint
+from ..models.loading import compute_dtype
+from ..packing import pack_int32, unpack_int32
+from ..plan import Plan
+from ..scheme import QuantizedTensor
+from .inputs import Borrowed
+from .text import CalibrationText
 
 if TYPE_CHECKING:
-    from ._quantize import Task
-    from .quantizers import Quantizer
-
-_TEXT_PER_RANDOM = 3  # windows
+    from .._quantize import Task
+    from ..quantizers import Quantizer
 
 Told = Callable[[str], None]
-Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Windows [windows, tokens] of a text, what a report says of them, and torch's threads before a conversion, which
-    lowers their number.
-    """
-
-    ids: Tensor
-    summary: Mapping[str, Any]
-    threads: int
-
-
-def calibration_text(calibration: Calibration, folder: Path, context: int) -> CalibrationText:
-    """Windows spread evenly over the text, as the tokenizer of the model in `folder` cuts it, and random tokens.
-
-    No text shows all that a model may be given. One window in four is of tokens drawn evenly from the whole vocabulary:
-    what they move is not to be thrown away for the sake of the text. On text of another kind this takes a third off the
-    damage, on text of the same kind it costs nothing. Random tokens alone, without any text, do better than any method
-    that looks at weights only.
-
-    Args:
-        calibration: what is asked for.
-        folder: holds the tokenizer.
-        context: of the model; no window is longer.
-
-    Raises:
-        SourceError: the text cannot be read.
-        UsageError: it is shorter than a window.
-    """
-    calibration = replace(calibration, window=min(calibration.window, context))
-    alone = calibration.text == RANDOM
-    text = "" if alone else read_text(calibration.text, sample=CALIBRATION_SAMPLE)
-    tokenizer = load_tokenizer(folder)
-    prefix = list(tokenizer.encode("", add_special_tokens=True))
-    chosen = torch.empty(0, calibration.window, dtype=torch.int64)
-    if not alone:
-        ids = cut(text, tokenizer, calibration.window).ids
-        count = min(calibration.windows, len(ids))
-        chosen = ids[[number * len(ids) // count for number in range(count)]]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    plain = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
-    size = (calibration.windows if alone else -(-len(chosen) // _TEXT_PER_RANDOM), calibration.window)
-    drawn = plain[torch.randint(len(plain), size, generator=torch.Generator().manual_seed(0))]
-    drawn[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
-    name = CALIBRATION_SAMPLE if calibration.text is None else Path(calibration.text).name
-    summary = {
-        "text": name,
-        **({} if alone else {"sha256": hashlib.sha256(text.encode()).hexdigest()}),
-        "windows": len(chosen),
-        "random_windows": len(drawn),
-        "window": calibration.window,
-    }
-    return CalibrationText(torch.cat([chosen, drawn]), summary, torch.get_num_threads())
 
 
 class Calibrator:
@@ -127,7 +67,7 @@ class Calibrator:
         kept: Path,
         told: Told = lambda name: None,
     ) -> None:
-        source = _Borrowed(opened)
+        source = Borrowed(opened)
         family = families.detect(source.config)
         self._checkpoint = Checkpoint(source, family, plan.dims, formats.get("safetensors"), {})
         dtype = torch.float32 if device.type == "cpu" else compute_dtype(None, self._checkpoint)
@@ -311,81 +251,8 @@ class Calibrator:
         return found
 
 
-def mean_squares(
-    opened: OpenedSource, calibration: Calibration, progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """Mean squares of what linear layers are given in the model as it is, float64 [columns], by the name of the first
-    tensor of each of `glmquant.families.Family.units`. Memory holds one block; computed in float32 on the CPU.
-    """
-    source = _Borrowed(opened)
-    family = families.detect(source.config)
-    dims = family.dims(source.config)
-    checkpoint = Checkpoint(source, family, dims, formats.get("safetensors"), {})
-    model = BlockwiseModel(checkpoint, torch.float32, "cpu")
-    units: dict[int | None, list[TensorSpec]] = {}
-    for unit in family.units(dims):
-        units.setdefault(unit.tensors[0].layer, []).append(unit.tensors[0])
-    states, options = model.embedded(calibration_text(calibration, opened.folder, dims.context).ids)
-    found: dict[str, Tensor] = {}
-    tokens = sum(state.shape[1] for state in states)
-    for layer in range(dims.layers):
-        with model.layer(layer) as block, torch.no_grad():
-            sums = {}
-            for spec in units[layer]:
-                name = (
-                    checkpoint.parts(spec)[0]
-                    .name.removesuffix(".weight")
-                    .removeprefix(model.path(block) + ".")
-                )
-                sums[spec.name] = _SumOfSquares(block.get_submodule(name))
-            for index, state in enumerate(states):
-                states[index] = block(state, **options)
-            for spec_name, each in sums.items():
-                found[spec_name] = each.finish() / tokens
-        model.check(states, f"layer {layer}")
-        if progress is not None:
-            progress(layer + 1, dims.layers, f"calibrating layer {layer}")
-    return found
-
-
-class _SumOfSquares:
-    """Adds up the squares of what a module is given."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._sum = torch.zeros((), dtype=torch.float64)
-        self._handle = module.register_forward_pre_hook(self._add)
-
-    def _add(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._sum = self._sum + arguments[0].flatten(0, -2).double().square().sum(0)
-
-    def finish(self) -> Tensor:
-        self._handle.remove()
-        return self._sum
-
-
 class _Stop(Exception):
     pass
-
-
-class _Borrowed:
-    """A source whose shards on a hub are released by somebody else; see `TensorSource`."""
-
-    def __init__(self, opened: OpenedSource) -> None:
-        self._source, self._remote = opened.source, opened.remote is not None
-        self.folder, self.config, self.files = opened.folder, opened.source.config, opened.source.files
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._source.infos()
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._source.read(name, start, stop)
-
-    def prefetch(self, shard: str) -> None:
-        self._source.prefetch(shard)
-
-    def release(self, shard: str) -> None:
-        if not self._remote:
-            self._source.release(shard)
 
 
 def _on_cpu(tensor: QuantizedTensor) -> QuantizedTensor:

@@ -1,0 +1,7 @@
+"""What text tells about weights: see `glmquant.calibration.calibrator`."""
+
+from .calibrator import Calibrator
+from .inputs import mean_squares
+from .text import CalibrationText, calibration_text
+
+__all__ = ["CalibrationText", "Calibrator", "calibration_text", "mean_squares"]
