@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _native, formats
+from . import _native, families, formats
 from ._card import folder_card
 from ._flow import SourceShards, in_order
 from ._hashing import BackgroundHasher, sha256
@@ -23,7 +23,7 @@ from .checkpoint.output import CARD, REPORT, OutputFolder, check_out, write_sync
 from .checkpoint.sink import Begun, ShardedSink, ShardLayout, begun_shard
 from .errors import OutputError, UsageError
 from .plan import Plan, make_plan
-from .recipe import Recipe, show_size
+from .recipe import SCALED, Recipe, show_size
 
 if TYPE_CHECKING:
     from ._device import Gpu
@@ -162,6 +162,10 @@ def convert(
                 plan, opened, output, finished, device, workers or cores(), hasher, progress, text
             )
             source_files = {**opened.remote_files, **hasher.result()}
+        if summary is not None and plan.recipe.method in SCALED:
+            from .calibration import folded
+
+            summary["folded"] = folded(output.calibrated, families.FAMILIES[plan.family], plan.dims)
         from . import _verify
 
         for name, data in files.items():

@@ -18,19 +18,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import families, formats
+from .._folding import Folds, to_letters
 from .._open import OpenedSource
+from ..checkpoint.source import torch_dtype
 from ..errors import OutputError, QuantizationError
-from ..families import TensorSpec
+from ..families import Dims, Family, Fold, TensorSpec
 from ..models.blocks import BlockwiseModel
 from ..models.building import Checkpoint
 from ..models.loading import compute_dtype
 from ..packing import pack_int32, unpack_int32
 from ..plan import Plan
+from ..quantizers import Scaled
 from ..scheme import QuantizedTensor
 from .inputs import Borrowed
 from .text import CalibrationText
@@ -73,29 +76,37 @@ class Calibrator:
         dtype = torch.float32 if device.type == "cpu" else compute_dtype(None, self._checkpoint)
         self._model = BlockwiseModel(self._checkpoint, dtype, device)
         self._text, self._quantizer, self._kept, self._told = text, quantizer, kept, told
-        self._schemes = {
-            item.source: item.scheme for item in plan.items if item.scheme is not None and not item.carried
-        }
+        items = {item.source: item for item in plan.items if not item.carried}
+        self._schemes = {name: item.scheme for name, item in items.items() if item.scheme is not None}
+        self._folds = Folds()
+        self._foldable: dict[int, list[Fold]] = {}
+        for fold in family.folds(plan.dims):
+            if fold.giver.name in items and all(taker.name in self._schemes for taker in fold.takers):
+                self._foldable.setdefault(fold.layer, []).append(fold)
+        self._stored = {name: torch_dtype(item.outputs[0].dtype) for name, item in items.items()}
         self._units: dict[int | None, list[tuple[TensorSpec, ...]]] = {}
         for unit in family.units(plan.dims):
             self._units.setdefault(unit.tensors[0].layer, []).append(unit.tensors)
         self._layer = -1  # the last one that is done
         self._found: dict[str, QuantizedTensor] = {}
+        self._steps: dict[str, Tensor] = {}
         self._states: list[Tensor] = []
         self._options: dict[str, Any] = {}
         self._window = 0  # at which the block is
 
     def prepared(self, tasks: Iterable[Task]) -> Iterator[Task]:
-        """The tasks, those of linear layers with what they are quantized to. Takes one block at a time."""
+        """The tasks, those of linear layers with what they are quantized to, and with scales that are moved between
+        them. Takes one block at a time.
+        """
         for task in tasks:
             item = task.item
-            if item.layer is not None and item.source in self._schemes:
+            ready = None
+            if item.layer is not None:
                 self._advance(item.layer)
-                first = item.start + task.start
-                ready = self._found[item.source].rows(first, first + task.stop - task.start)
-                yield replace(task, ready=ready)
-            else:
-                yield task
+                if item.source in self._schemes:
+                    first = item.start + task.start
+                    ready = self._found[item.source].rows(first, first + task.stop - task.start)
+            yield replace(task, ready=ready, folds=self._folds)
 
     def _advance(self, layer: int) -> None:
         """Be done with the blocks up to `layer`, and hold what it is quantized to."""
@@ -126,20 +137,21 @@ class Calibrator:
     def _quantized(self, layer: int) -> dict[str, QuantizedTensor]:
         found: dict[str, QuantizedTensor] = {}
         with self._model.layer(layer) as block, ExitStack() as kept:
+            if isinstance(self._quantizer, Scaled):
+                self._scale(layer, block, self._quantizer)
             part = ""
             for specs in self._units[layer]:
-                name = self._checkpoint.parts(specs[0])[0].name.removesuffix(".weight")
-                inside = name.removeprefix(self._model.path(block) + ".")
+                inside = self._inside(block, specs[0])
                 if part and not inside.startswith(part + "."):
                     # The attention is done: what it gives is computed once, and not for every layer behind it.
                     kept.enter_context(self._computed_once(block.get_submodule(part)))
                 part = inside.partition(".")[0]
                 if specs[0].name not in self._schemes:
                     continue  # stays as it is
-                self._told(f"calibrating {name}")
+                self._told(f"calibrating {self._model.path(block)}.{inside}")
                 moments = self._moments(block, inside)
                 for spec in specs:
-                    weight = self._checkpoint.source.read(spec.name).to(moments.device)
+                    weight = self._weight(spec).to(moments.device)
                     try:
                         quantized = self._quantizer(weight, self._schemes[spec.name], moments)
                     except QuantizationError as error:
@@ -150,6 +162,39 @@ class Calibrator:
                 self._states[index] = block(state, **self._options)
             self._model.check(self._states, f"layer {layer}, quantized,")
         return found
+
+    def _inside(self, block: nn.Module, spec: TensorSpec) -> str:
+        """The name in `block` of the module that a linear weight, or its first rows, belongs to."""
+        name = self._checkpoint.parts(spec)[0].name.removesuffix(".weight")
+        return name.removeprefix(self._model.path(block) + ".")
+
+    def _weight(self, spec: TensorSpec) -> Tensor:
+        """A tensor of the source, with scales that have been moved into it or out of it."""
+        return self._folds.apply(spec.name, self._checkpoint.source.read(spec.name))
+
+    def _scale(self, layer: int, block: nn.Module, quantizer: Scaled) -> None:
+        """Choose the scales of a block, for inputs as they are before its weights are quantized, and move them."""
+        folds = self._foldable.get(layer, [])
+        self._told(f"scaling {self._model.path(block)}")
+        names = {fold: self._inside(block, fold.takers[0]) for fold in folds}
+        moments = self._all_moments(block, names.values())
+        for fold in folds:
+            weights = [
+                self._checkpoint.source.read(taker.name).to(self._model.device) for taker in fold.takers
+            ]
+            schemes = [self._schemes[taker.name] for taker in fold.takers]
+            steps = quantizer.steps(fold, weights, schemes, moments.pop(names[fold]))
+            self._fold(fold, steps.cpu())
+        for spec in self._checkpoint.present():
+            if spec.layer == layer and spec.name in self._folds:
+                weight = self._weight(spec)
+                for part in self._checkpoint.parts(spec):
+                    self._model.parameter(part.name).copy_(weight[part.start : part.stop])
+
+    def _fold(self, fold: Fold, steps: Tensor) -> None:
+        name = fold.giver.name
+        self._folds.add(fold, steps, self._checkpoint.source.read(name), self._stored[name])
+        self._steps[name] = steps
 
     def _windows(self) -> Iterator[Tensor]:
         """What the block is given, window by window."""
@@ -185,6 +230,27 @@ class Calibrator:
             tokens += len(x)
         assert sums is not None
         return sums.div_(tokens)
+
+    def _all_moments(self, block: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+        """The same for several modules at once, in the block as it is."""
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, x: Tensor) -> None:
+            x = x.flatten(0, -2).float()
+            sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.t(), x)
+
+        handles = [
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda module, arguments, name=name: add(name, arguments[0])
+            )
+            for name in names
+        ]
+        for state in self._windows():
+            block(state, **self._options)
+        for handle in handles:
+            handle.remove()
+        tokens = sum(state.shape[1] for state in self._states)
+        return {name: found.div_(tokens) for name, found in sums.items()}
 
     def _input(self, block: nn.Module, name: str, state: Tensor) -> Tensor:
         """What a module is given, float32 [tokens, columns]; nothing behind it is computed."""
@@ -231,6 +297,9 @@ class Calibrator:
             tensors[f"{name}.scale"] = quantized.scale
             if quantized.zero_point is not None:
                 tensors[f"{name}.zero_point"] = quantized.zero_point
+        for fold in self._foldable.get(layer, []):
+            if fold.giver.name in self._steps:
+                tensors[f"{fold.giver.name}.steps"] = self._steps[fold.giver.name]
         self._kept.mkdir(exist_ok=True)
         _save(tensors, file)
         _save({"states": torch.cat(self._states)}, self._kept / f"states-{layer}.safetensors")
@@ -239,6 +308,9 @@ class Calibrator:
 
     def _read(self, file: Path, layer: int) -> dict[str, QuantizedTensor]:
         stored, found = load_file(file), {}
+        for fold in self._foldable.get(layer, []):
+            if f"{fold.giver.name}.steps" in stored:
+                self._fold(fold, stored[f"{fold.giver.name}.steps"])
         for specs in self._units[layer]:
             for spec in specs:
                 if f"{spec.name}.codes" in stored:
@@ -249,6 +321,16 @@ class Calibrator:
                         codes, stored[f"{spec.name}.scale"], zero_point, scheme
                     )
         return found
+
+
+def folded(kept: Path, family: Family, dims: Dims) -> list[str]:
+    """The scales that a calibration kept, one string for each of `Family.folds`; see `glmquant._folding`."""
+    found = []
+    for fold in family.folds(dims):
+        with safe_open(kept / f"layer-{fold.layer}.safetensors", "pt") as file:
+            name = f"{fold.giver.name}.steps"
+            found.append(to_letters(file.get_tensor(name)) if name in file.keys() else "")  # noqa: SIM118
+    return found
 
 
 class _Stop(Exception):
