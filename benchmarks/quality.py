@@ -56,6 +56,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "INT4, g64, hqq, asymmetric": (*G64, "--method", "hqq", "--asymmetric"),
     "INT4, g64, weighted-mse": (*G64, "--method", "weighted-mse"),
     "INT4, g64, gptq": (*G64, "--method", "gptq"),
+    "INT4, g64, awq": (*G64, "--method", "awq"),
+    "INT4, g64, awq-gptq": (*G64, "--method", "awq-gptq"),
     "INT4, g64, gptq, random tokens": (*G64, "--method", "gptq", "--calibration", "random"),
     "INT4, g64, gptq, asymmetric": (*G64, "--method", "gptq", "--asymmetric"),
     "INT4, g32, rtn": ("--group-size", "32", "--method", "rtn"),
@@ -239,7 +241,7 @@ def _mixed(source: Path, out: Path, bits: float, method: str, seen: Path) -> dic
         "fit = Fit(1, 1, choices=tuple(Choice(n, tuple(t), b, g) for n, t, b, g in json.loads(choices)))\n"
         f"calibration = Calibration(seen, {CALIBRATION_WINDOWS}) if method in CALIBRATED else None\n"
         "recipe = Recipe(method=method, fit=fit, calibration=calibration)\n"
-        "print(json.dumps(glmquant.convert(source, out, recipe, force=True).report))"
+        "print(json.dumps(glmquant.convert(source, out, recipe, force=True, resume=True).report))"
     )
     return _measured(
         [sys.executable, "-c", script, str(source), str(out), method, str(seen), json.dumps(choices)], source
