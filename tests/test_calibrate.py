@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_calibrated import WINDOW, calibrated, chatglm3, divergence, two_texts
 from helpers_sources import CHATGLM, CHATGLM2, write_model
 from safetensors.torch import load_file, save_file
-from test_evaluate import TEXT, opinionated
-from test_original_tokenizers_tiny import chatglm_folder, glm4_folder, sentencepiece_folder
+from test_evaluate import opinionated
+from test_original_tokenizers_tiny import chatglm_folder, glm4_folder
 
 import glmquant
 from glmquant import Recipe, Scheme, UsageError
@@ -26,30 +27,19 @@ from glmquant.checkpoint.output import CARD, REPORT
 from glmquant.quantizers import QUANTIZERS, Gptq, LeastSquares
 from glmquant.recipe import CALIBRATED, Calibration
 
-WINDOW = 32
 MODELS = ("chatglm2", "chatglm", "glm", "glm-4")
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """One to calibrate with, and another to evaluate on: the lines of a text in another order, other words in them."""
-    folder = tmp_path_factory.mktemp("texts")
-    words = TEXT.split()
-    seen, unseen = folder / "seen.txt", folder / "unseen.txt"
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randint(len(words), (2, 1200), generator=generator).tolist()
-    for path, choice in zip((seen, unseen), order, strict=True):
-        path.write_text(" ".join(words[number] for number in choice), encoding="utf-8")
-    return seen, unseen
+    return two_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random models with tokenizers: ChatGLM3, ChatGLM-6B, the native layout of the first, and GLM-4's vocabulary."""
     root = tmp_path_factory.mktemp("models")
-    config = {**CHATGLM2, "padded_vocab_size": 512}
-    later = sentencepiece_folder(root / "chatglm2", "chatglm3-6b")
-    write_model(later, config, opinionated(config))
+    later = chatglm3(root / "chatglm2")
     glmquant.convert(later, root / "glm", Recipe(bits=16))
     fourth = glm4_folder(root / "glm-4")
     rows = len(glmquant.load_tokenizer(fourth)) + 1
@@ -64,13 +54,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def recipe(name: str, method: str, text: Path, **options: Any) -> Recipe:
-    calibration = Calibration(str(text), windows=24, window=WINDOW) if method in CALIBRATED else None
     kind: dict[str, Any] = {"format": "cpm"} if name == "chatglm" else {"group_size": 32}
-    return Recipe(method=method, calibration=calibration, **{**kind, **options})
-
-
-def divergence(out: Path, source: Path, text: Path) -> float:
-    return glmquant.evaluate(out, source, text, window=WINDOW, windows=12, device="cpu").kl_mean.value
+    return calibrated(method, text, **{**kind, **options})
 
 
 @pytest.mark.parametrize("name", MODELS)

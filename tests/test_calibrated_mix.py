@@ -1,0 +1,114 @@
+"""``--fit`` with a calibrated method: bits by the sensitivities of a text, and every layer solved whatever its bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers_calibrated import calibrated, chatglm3, divergence, two_texts
+from test_fit import middle
+from torch import Tensor
+
+import glmquant
+from glmquant import Fit, cli
+from glmquant._open import open_source
+from glmquant.calibration import Calibrator
+from glmquant.checkpoint.output import REPORT
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return two_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chatglm3(tmp_path_factory.mktemp("source") / "model", outliers=4)
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path_factory.getbasetemp() / "measured-mix"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setattr("glmquant._sensitivity.cache_folder", lambda kind: folder)
+
+
+def choices(report: dict[str, Any]) -> list[tuple[int, Any]]:
+    return [(c["bits"], c["group_size"]) for c in report["recipe"]["fit"]["choices"]]
+
+
+def output_errors(out: Path, source: Path, text: Path) -> float:
+    """The sum over all linear layers of ``|(W - W')x|^2 / |Wx|^2`` on a text, x being what the source gives them."""
+    model = glmquant.load(source, "cpu", torch.float32)
+    made = open_source(out).source
+    total = 0.0
+
+    def look(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = "") -> None:
+        nonlocal total
+        bias = 0 if module.bias is None else module.bias
+        found = inputs[0] @ made.read(f"{name}.weight").float().t()
+        total += float((found - (output - bias)).square().sum() / (output - bias).square().sum())
+
+    for layer, block in enumerate(model.model.layers):
+        for name in ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            path = f"model.layers.{layer}.{name}"
+            block.get_submodule(name).register_forward_hook(
+                lambda module, inputs, output, path=path: look(module, inputs, output, path)
+            )
+    ids = glmquant.load_tokenizer(source)(text.read_text()[:800], return_tensors="pt").input_ids
+    with torch.no_grad():
+        model(ids)
+    return total
+
+
+def test_bits_follow_the_text_and_layers_are_solved(
+    source: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    seen, unseen = texts
+    budget = str(middle(source))
+    reports = {}
+    for method in ("mse", "gptq"):
+        given = ["--calibration", str(seen), "--calibration-windows", "2"] if method == "gptq" else []
+        command = ["convert", str(source), str(tmp_path / method), "--fit", budget, "--context", "64"]
+        result = CliRunner().invoke(cli.main, [*command, "--method", method, *given, "--device", "cpu"])
+        assert result.exit_code == 0, result.output
+        reports[method] = json.loads((tmp_path / method / REPORT).read_text())
+        assert len({bits for bits, _ in choices(reports[method])}) > 1
+        assert glmquant.verify(tmp_path / method, source=source).ok
+        checked = CliRunner().invoke(cli.main, ["check", str(tmp_path / method)])
+        assert checked.exit_code == 0, checked.output
+    assert choices(reports["gptq"]) != choices(reports["mse"])  # what the text says, and what norms say
+    errors = {method: output_errors(tmp_path / method, source, unseen) for method in reports}
+    assert errors["gptq"] <= errors["mse"]
+    divergences = {method: divergence(tmp_path / method, source, unseen) for method in reports}
+    assert divergences["gptq"] <= divergences["mse"]
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_same_bytes_on_every_run_and_after_an_interruption(
+    source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    wanted = calibrated(method, texts[0], fit=Fit(middle(source), 64))
+    whole = glmquant.convert(source, tmp_path / "whole", wanted, device="cpu", workers=1).report
+    usual = Calibrator._quantized
+
+    def killed(self: Calibrator, layer: int) -> Any:
+        if layer == 1:
+            raise _Killed
+        return usual(self, layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibrator, "_quantized", killed)
+        with pytest.raises(_Killed):
+            glmquant.convert(source, tmp_path / "out", wanted, device="cpu")
+    resumed = glmquant.convert(source, tmp_path / "out", wanted, device="cpu", resume=True).report
+    assert resumed == whole
+    assert glmquant.verify(tmp_path / "out", source=source).ok
