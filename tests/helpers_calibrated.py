@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,15 @@ import torch
 from helpers_sources import CHATGLM2, write_model
 from test_evaluate import TEXT, opinionated
 from test_original_tokenizers_tiny import sentencepiece_folder
+from torch import Tensor
 
 import glmquant
 from glmquant import Recipe
+from glmquant._folding import Folds, from_letters
+from glmquant._open import open_source
+from glmquant.checkpoint.output import REPORT
+from glmquant.families import Role
+from glmquant.families.chatglm2 import FAMILY
 from glmquant.recipe import CALIBRATED, Calibration
 
 WINDOW = 32
@@ -50,3 +57,37 @@ def calibrated(method: str, text: Path, **options: Any) -> Recipe:
 def divergence(out: Path, source: Path, text: Path) -> float:
     """Mean KL divergence."""
     return glmquant.evaluate(out, source, text, window=WINDOW, windows=12, device="cpu").kl_mean.value
+
+
+@torch.no_grad()
+def output_errors(out: Path, source: Path, text: Path) -> list[float]:
+    """Of the linear layers but q, k and v: ``|(W - W')x|^2 / |Wx|^2`` on a text, x being what `source` gives them.
+
+    Args:
+        out: in the native layout; scales that it says have been moved are undone.
+        source: made by `chatglm3`.
+        text: that is read.
+    """
+    model = glmquant.load(source, "cpu", torch.float32)
+    exact, made = open_source(source).source, open_source(out).source
+    dims, folds = FAMILY.dims(exact.config), Folds()
+    letters = json.loads((out / REPORT).read_text()).get("calibration", {}).get("folded", [])
+    for fold, found in zip(FAMILY.folds(dims), letters, strict=False):
+        folds.add(fold, from_letters(found), exact.read(fold.giver.name), torch.float16)
+    inputs: dict[str, Tensor] = {}
+    specs = [spec for spec in FAMILY.tensors(dims) if spec.role is Role.LINEAR and len(spec.native) == 1]
+    for spec in specs:
+        model.get_submodule(spec.native[0].name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda module, x, name=spec.name: inputs.update({name: x[0].flatten(0, 1)})
+        )
+    model(glmquant.load_tokenizer(source)(text.read_text()[:800], return_tensors="pt").input_ids)
+    errors = []
+    for spec in specs:
+        weight = exact.read(spec.name).float()
+        found = made.read(spec.native[0].name).float() * (weight / folds.apply(spec.name, weight)).nan_to_num(
+            1
+        )
+        wanted = inputs[spec.name] @ weight.t()
+        lost = inputs[spec.name] @ found.t() - wanted
+        errors.append(float(lost.square().sum() / wanted.square().sum()))
+    return errors

@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
-from helpers_calibrated import calibrated, chatglm3, divergence, two_texts
+from helpers_calibrated import calibrated, chatglm3, divergence, output_errors, two_texts
 from test_fit import middle
-from torch import Tensor
 
 import glmquant
 from glmquant import Fit, cli
-from glmquant._open import open_source
 from glmquant.calibration import Calibrator
 from glmquant.checkpoint.output import REPORT
 
@@ -41,30 +38,6 @@ def choices(report: dict[str, Any]) -> list[tuple[int, Any]]:
     return [(c["bits"], c["group_size"]) for c in report["recipe"]["fit"]["choices"]]
 
 
-def output_errors(out: Path, source: Path, text: Path) -> float:
-    """The sum over all linear layers of ``|(W - W')x|^2 / |Wx|^2`` on a text, x being what the source gives them."""
-    model = glmquant.load(source, "cpu", torch.float32)
-    made = open_source(out).source
-    total = 0.0
-
-    def look(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = "") -> None:
-        nonlocal total
-        bias = 0 if module.bias is None else module.bias
-        found = inputs[0] @ made.read(f"{name}.weight").float().t()
-        total += float((found - (output - bias)).square().sum() / (output - bias).square().sum())
-
-    for layer, block in enumerate(model.model.layers):
-        for name in ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
-            path = f"model.layers.{layer}.{name}"
-            block.get_submodule(name).register_forward_hook(
-                lambda module, inputs, output, path=path: look(module, inputs, output, path)
-            )
-    ids = glmquant.load_tokenizer(source)(text.read_text()[:800], return_tensors="pt").input_ids
-    with torch.no_grad():
-        model(ids)
-    return total
-
-
 def test_bits_follow_the_text_and_layers_are_solved(
     source: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -82,7 +55,7 @@ def test_bits_follow_the_text_and_layers_are_solved(
         checked = CliRunner().invoke(cli.main, ["check", str(tmp_path / method)])
         assert checked.exit_code == 0, checked.output
     assert choices(reports["gptq"]) != choices(reports["mse"])  # what the text says, and what norms say
-    errors = {method: output_errors(tmp_path / method, source, unseen) for method in reports}
+    errors = {method: sum(output_errors(tmp_path / method, source, unseen)) for method in reports}
     assert errors["gptq"] <= errors["mse"]
     divergences = {method: divergence(tmp_path / method, source, unseen) for method in reports}
     assert divergences["gptq"] <= divergences["mse"]
