@@ -71,7 +71,7 @@ class Scaled:
         self, fold: Fold, steps: Tensor, weights: Sequence[Tensor], schemes: Sequence[Scheme], moments: Tensor
     ) -> float:
         scale = to_columns(fold, scales(steps))
-        scaled = moments / scale / scale[:, None]
+        scaled = (moments / scale).div_(scale[:, None])  # 750 MiB at 14,000 columns
         total = 0.0
         for weight, scheme in zip(weights, schemes, strict=True):
             error = self.solver(weight * scale, scheme, scaled).dequantize() / scale - weight
