@@ -37,6 +37,23 @@ def to_channels(fold: Fold, values: Tensor) -> Tensor:
     return values.view(-1, fold.repeat, fold.block).mean(1).flatten()
 
 
+def effective(fold: Fold, steps: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales of channels that come of `steps`, float32 [channels].
+
+    Args:
+        fold: which channels.
+        steps: integers [channels]; see `scales`.
+        gain: of the norm that gives the channels, [channels]; not looked at where it is no norm.
+        dtype: in which that norm is stored.
+    """
+    scale = scales(steps.cpu())
+    if fold.giver.role is not Role.NORM:
+        return scale
+    stored = (gain.float() / scale).to(dtype)
+    sound = stored.isfinite() & (stored.abs() >= torch.finfo(dtype).tiny) & (scale != 1)
+    return torch.where(sound, gain.float() / stored.float(), 1.0)
+
+
 class Folds:
     """The scales of a model, as far as they are known, applied to its tensors while they are read."""
 
@@ -44,21 +61,8 @@ class Folds:
         self._rows: dict[str, tuple[int, Tensor]] = {}  # from which row on, and what divides those
         self._columns: dict[str, Tensor] = {}
 
-    def add(self, fold: Fold, steps: Tensor, gain: Tensor, dtype: torch.dtype) -> None:
-        """Scale the channels of `fold`.
-
-        Args:
-            fold: which those are.
-            steps: integers [channels]; see `scales`.
-            gain: of the norm that gives the channels, [channels]; not looked at where it is no norm.
-            dtype: in which that norm is stored.
-        """
-        scale = scales(steps.cpu())
-        if fold.giver.role is Role.NORM:
-            gain = gain.float()
-            stored = (gain / scale).to(dtype)
-            sound = stored.isfinite() & (stored.abs() >= torch.finfo(dtype).tiny) & (scale != 1)
-            scale = torch.where(sound, gain / stored.float(), 1.0)
+    def add(self, fold: Fold, scale: Tensor) -> None:
+        """Scale the channels of `fold`, as `effective` has it."""
         first = fold.giver.shape[0] - fold.channels
         for name in (fold.giver.name, fold.giver.name.removesuffix("weight") + "bias"):
             self._rows[name] = (first, scale)

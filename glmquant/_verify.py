@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import families, formats, hub
-from ._folding import Folds, from_letters
+from ._folding import Folds, effective, from_letters
 from ._hashing import sha256
 from ._open import PathLike, open_source
 from .checkpoint.files import check_inside, read_json
@@ -332,10 +332,9 @@ class _Originals:
         dtypes = {known.get(name): info.dtype for name, info in made.infos().items()}
         for fold, found in zip(self._family.folds(self._dims), letters, strict=False):
             if len(found) == fold.channels:
-                name = fold.giver.name
-                self._folds.add(
-                    fold, from_letters(found), self._source.read(name), torch_dtype(dtypes.get(name, "F32"))
-                )
+                dtype = torch_dtype(dtypes.get(fold.giver.name, "F32"))
+                gain = self._source.read(fold.giver.name)
+                self._folds.add(fold, effective(fold, from_letters(found), gain, dtype))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name not in self._places:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import glmquant
 from glmquant import Recipe
-from glmquant._folding import Folds, from_letters
+from glmquant._folding import Folds, effective, from_letters
 from glmquant._open import open_source
 from glmquant.checkpoint.output import REPORT
 from glmquant.families import Role
@@ -73,7 +73,8 @@ def output_errors(out: Path, source: Path, text: Path) -> list[float]:
     dims, folds = FAMILY.dims(exact.config), Folds()
     letters = json.loads((out / REPORT).read_text()).get("calibration", {}).get("folded", [])
     for fold, found in zip(FAMILY.folds(dims), letters, strict=False):
-        folds.add(fold, from_letters(found), exact.read(fold.giver.name), torch.float16)
+        gain = exact.read(fold.giver.name)
+        folds.add(fold, effective(fold, from_letters(found), gain, torch.float16))
     inputs: dict[str, Tensor] = {}
     specs = [spec for spec in FAMILY.tensors(dims) if spec.role is Role.LINEAR and len(spec.native) == 1]
     for spec in specs:

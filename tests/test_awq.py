@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Glm4Config, Glm4ForCausalLM
 
 import glmquant
 from glmquant import Recipe, Scheme, UsageError, families
-from glmquant._folding import MOST, STEPS, Folds, from_letters, scales, to_columns, to_letters
+from glmquant._folding import MOST, STEPS, Folds, effective, from_letters, scales, to_columns, to_letters
 from glmquant.checkpoint.output import REPORT
 from glmquant.families import Fold, Role
 from glmquant.quantizers import QUANTIZERS, Scaled, WeightedLeastSquares
@@ -39,7 +39,8 @@ def folded(
 ) -> dict[str, Tensor]:
     family, folds = families.detect(config), Folds()
     for number, fold in enumerate(family.folds(family.dims(config))):
-        folds.add(fold, factor * random_steps(fold, seed=number), tensors[fold.giver.name], dtype)
+        steps = factor * random_steps(fold, seed=number)
+        folds.add(fold, effective(fold, steps, tensors[fold.giver.name], dtype))
     return {name: folds.apply(name, tensor).contiguous() for name, tensor in tensors.items()}
 
 
@@ -109,7 +110,7 @@ def test_rows_are_scaled_alike_however_they_are_read() -> None:
     tensors = random_tensors(CHATGLM2)
     folds = Folds()
     for fold in FOLDS:
-        folds.add(fold, random_steps(fold), tensors[fold.giver.name], torch.float16)
+        folds.add(fold, effective(fold, random_steps(fold), tensors[fold.giver.name], torch.float16))
     for name, tensor in tensors.items():
         whole = folds.apply(name, tensor)
         pieces = [folds.apply(name, tensor[i : i + 50], i) for i in range(0, len(tensor), 50)]

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import families, formats
-from .._folding import Folds, to_letters
+from .._folding import Folds, effective, to_letters
 from .._open import OpenedSource
 from ..checkpoint.source import torch_dtype
 from ..errors import OutputError, QuantizationError
@@ -80,7 +80,7 @@ class Calibrator:
         self._schemes = {name: item.scheme for name, item in items.items() if item.scheme is not None}
         self._folds = Folds()
         self._foldable: dict[int, list[Fold]] = {}
-        for fold in family.folds(plan.dims):
+        for fold in family.folds(plan.dims) if isinstance(quantizer, Scaled) else ():
             if fold.giver.name in items and all(taker.name in self._schemes for taker in fold.takers):
                 self._foldable.setdefault(fold.layer, []).append(fold)
         self._stored = {name: torch_dtype(item.outputs[0].dtype) for name, item in items.items()}
@@ -89,7 +89,7 @@ class Calibrator:
             self._units.setdefault(unit.tensors[0].layer, []).append(unit.tensors)
         self._layer = -1  # the last one that is done
         self._found: dict[str, QuantizedTensor] = {}
-        self._steps: dict[str, Tensor] = {}
+        self._scales: dict[str, Tensor] = {}  # of this block, as steps and as they are in effect
         self._states: list[Tensor] = []
         self._options: dict[str, Any] = {}
         self._window = 0  # at which the block is
@@ -100,12 +100,12 @@ class Calibrator:
         """
         for task in tasks:
             item = task.item
-            ready = None
-            if item.layer is not None:
+            ready, calibrated = None, item.layer is not None and item.source in self._schemes
+            if item.layer is not None and (calibrated or item.layer in self._foldable):
                 self._advance(item.layer)
-                if item.source in self._schemes:
-                    first = item.start + task.start
-                    ready = self._found[item.source].rows(first, first + task.stop - task.start)
+            if calibrated:
+                first = item.start + task.start
+                ready = self._found[item.source].rows(first, first + task.stop - task.start)
             yield replace(task, ready=ready, folds=self._folds)
 
     def _advance(self, layer: int) -> None:
@@ -137,8 +137,8 @@ class Calibrator:
     def _quantized(self, layer: int) -> dict[str, QuantizedTensor]:
         found: dict[str, QuantizedTensor] = {}
         with self._model.layer(layer) as block, ExitStack() as kept:
-            if isinstance(self._quantizer, Scaled):
-                self._scale(layer, block, self._quantizer)
+            if layer in self._foldable:
+                self._scale(layer, block)
             part = ""
             for specs in self._units[layer]:
                 inside = self._inside(block, specs[0])
@@ -152,10 +152,8 @@ class Calibrator:
                 moments = self._moments(block, inside)
                 for spec in specs:
                     weight = self._weight(spec).to(moments.device)
-                    try:
+                    with _named(spec.name):
                         quantized = self._quantizer(weight, self._schemes[spec.name], moments)
-                    except QuantizationError as error:
-                        raise QuantizationError(f"{spec.name} cannot be converted: {error}.") from None
                     self._put(spec, quantized)
                     found[spec.name] = _on_cpu(quantized)
             for index, state in enumerate(self._windows()):
@@ -172,29 +170,27 @@ class Calibrator:
         """A tensor of the source, with scales that have been moved into it or out of it."""
         return self._folds.apply(spec.name, self._checkpoint.source.read(spec.name))
 
-    def _scale(self, layer: int, block: nn.Module, quantizer: Scaled) -> None:
+    def _scale(self, layer: int, block: nn.Module) -> None:
         """Choose the scales of a block, for inputs as they are before its weights are quantized, and move them."""
-        folds = self._foldable.get(layer, [])
+        assert isinstance(self._quantizer, Scaled)
         self._told(f"scaling {self._model.path(block)}")
-        names = {fold: self._inside(block, fold.takers[0]) for fold in folds}
-        moments = self._all_moments(block, names.values())
-        for fold in folds:
-            weights = [
-                self._checkpoint.source.read(taker.name).to(self._model.device) for taker in fold.takers
-            ]
+        read = self._checkpoint.source.read
+        inside = {fold: self._inside(block, fold.takers[0]) for fold in self._foldable[layer]}
+        moments = self._all_moments(block, inside.values())
+        for fold in self._foldable[layer]:
+            name = fold.giver.name
+            weights = [read(taker.name).to(self._model.device) for taker in fold.takers]
             schemes = [self._schemes[taker.name] for taker in fold.takers]
-            steps = quantizer.steps(fold, weights, schemes, moments.pop(names[fold]))
-            self._fold(fold, steps.cpu())
+            with _named(fold.takers[0].name):
+                steps = self._quantizer.steps(fold, weights, schemes, moments.pop(inside[fold])).cpu()
+            scale = effective(fold, steps, read(name), self._stored[name])
+            self._scales |= {f"{name}.steps": steps, f"{name}.moved": scale}
+            self._folds.add(fold, scale)
         for spec in self._checkpoint.present():
             if spec.layer == layer and spec.name in self._folds:
                 weight = self._weight(spec)
                 for part in self._checkpoint.parts(spec):
                     self._model.parameter(part.name).copy_(weight[part.start : part.stop])
-
-    def _fold(self, fold: Fold, steps: Tensor) -> None:
-        name = fold.giver.name
-        self._folds.add(fold, steps, self._checkpoint.source.read(name), self._stored[name])
-        self._steps[name] = steps
 
     def _windows(self) -> Iterator[Tensor]:
         """What the block is given, window by window."""
@@ -237,7 +233,9 @@ class Calibrator:
 
         def add(name: str, x: Tensor) -> None:
             x = x.flatten(0, -2).float()
-            sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.t(), x)
+            if name not in sums:
+                sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+            sums[name].addmm_(x.t(), x)
 
         handles = [
             block.get_submodule(name).register_forward_pre_hook(
@@ -297,9 +295,8 @@ class Calibrator:
             tensors[f"{name}.scale"] = quantized.scale
             if quantized.zero_point is not None:
                 tensors[f"{name}.zero_point"] = quantized.zero_point
-        for fold in self._foldable.get(layer, []):
-            if fold.giver.name in self._steps:
-                tensors[f"{fold.giver.name}.steps"] = self._steps[fold.giver.name]
+        tensors |= self._scales
+        self._scales = {}
         self._kept.mkdir(exist_ok=True)
         _save(tensors, file)
         _save({"states": torch.cat(self._states)}, self._kept / f"states-{layer}.safetensors")
@@ -309,8 +306,7 @@ class Calibrator:
     def _read(self, file: Path, layer: int) -> dict[str, QuantizedTensor]:
         stored, found = load_file(file), {}
         for fold in self._foldable.get(layer, []):
-            if f"{fold.giver.name}.steps" in stored:
-                self._fold(fold, stored[f"{fold.giver.name}.steps"])
+            self._folds.add(fold, stored[f"{fold.giver.name}.moved"])
         for specs in self._units[layer]:
             for spec in specs:
                 if f"{spec.name}.codes" in stored:
@@ -324,13 +320,22 @@ class Calibrator:
 
 
 def folded(kept: Path, family: Family, dims: Dims) -> list[str]:
-    """The scales that a calibration kept, one string for each of `Family.folds`; see `glmquant._folding`."""
+    """The scales that a calibration kept, a string for each of `Family.folds`, empty where there are none."""
     found = []
     for fold in family.folds(dims):
-        with safe_open(kept / f"layer-{fold.layer}.safetensors", "pt") as file:
-            name = f"{fold.giver.name}.steps"
-            found.append(to_letters(file.get_tensor(name)) if name in file.keys() else "")  # noqa: SIM118
+        file = kept / f"layer-{fold.layer}.safetensors"
+        steps = load_file(file).get(f"{fold.giver.name}.steps") if file.exists() else None
+        found.append("" if steps is None else to_letters(steps))
     return found
+
+
+@contextmanager
+def _named(tensor: str) -> Iterator[None]:
+    """Errors of a quantizer say which tensor it was given."""
+    try:
+        yield
+    except QuantizationError as error:
+        raise QuantizationError(f"{tensor} cannot be converted: {error}.") from None
 
 
 class _Stop(Exception):
