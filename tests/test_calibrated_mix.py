@@ -12,9 +12,10 @@ from helpers_calibrated import calibrated, chatglm3, divergence, output_errors, 
 from test_fit import middle
 
 import glmquant
-from glmquant import Fit, cli
+from glmquant import Fit, Recipe, cli
 from glmquant.calibration import Calibrator
 from glmquant.checkpoint.output import REPORT
+from glmquant.recipe import Choice
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +56,14 @@ def test_bits_follow_the_text_and_layers_are_solved(
         checked = CliRunner().invoke(cli.main, ["check", str(tmp_path / method)])
         assert checked.exit_code == 0, checked.output
     assert choices(reports["gptq"]) != choices(reports["mse"])  # what the text says, and what norms say
-    errors = {method: sum(output_errors(tmp_path / method, source, unseen)) for method in reports}
-    assert errors["gptq"] <= errors["mse"]
     divergences = {method: divergence(tmp_path / method, source, unseen) for method in reports}
     assert divergences["gptq"] <= divergences["mse"]
+    stated = reports["gptq"]["recipe"]["fit"]
+    alike = Fit(stated["budget"], 64, choices=tuple(Choice(**choice) for choice in stated["choices"]))
+    glmquant.convert(source, tmp_path / "alike", Recipe(method="mse", fit=alike), device="cpu")
+    errors = [output_errors(tmp_path / name, source, unseen) for name in ("gptq", "alike")]
+    assert all(solved <= rounded for solved, rounded in zip(*errors, strict=True))
+    assert sum(errors[0]) < 0.5 * sum(errors[1])
 
 
 class _Killed(BaseException):

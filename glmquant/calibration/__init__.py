@@ -1,7 +1,7 @@
 """What text tells about weights: see `glmquant.calibration.calibrator`."""
 
 from .calibrator import Calibrator, folded
-from .inputs import mean_squares
+from .inputs import LayerFacts, layer_facts
 from .text import CalibrationText, calibration_text
 
-__all__ = ["CalibrationText", "Calibrator", "calibration_text", "folded", "mean_squares"]
+__all__ = ["CalibrationText", "Calibrator", "LayerFacts", "calibration_text", "folded", "layer_facts"]
