@@ -5,7 +5,9 @@ Data-free, unless the method is a calibrated one. The damage of a scheme is the 
 ``sum_j s_j |w_j - w'_j|^2 / sum_j s_j |w_j|^2`` over the columns j of the weight, s_j being the mean square of channel
 j. Behind a norm, s_j is the square of its gain (and of its bias): normalized values have mean square 1. Elsewhere
 nothing is known without data, and s_j is 1. For calibrated methods s_j is what the text makes it, in the model as it
-is; the errors are those of `mse`, which such methods lower about evenly.
+is; the errors are those of `mse`, which such methods lower about evenly. The text also tells what an error of each
+layer costs in the end (`Unit.importance`), by which layers are weighed against each other: without it they all count
+the same.
 """
 
 from __future__ import annotations
