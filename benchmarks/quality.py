@@ -218,9 +218,7 @@ def _converted(source: Path, out: Path, arguments: tuple[str, ...], seen: Path) 
     given: tuple[str, ...] = ("--calibration", str(seen)) if calibrated else ()
     given += ("--calibration-windows", str(CALIBRATION_WINDOWS)) if set(CALIBRATED) & set(arguments) else ()
     command = [sys.executable, "-m", "glmquant.cli", "convert", str(source), str(out), *arguments, *given]
-    resumed = out.with_name(out.name + ".partial").exists()
-    cost = _measured([*command, "--resume", "--json"], source)
-    return {**cost, "seconds": None, "cpu_seconds": None} if resumed else cost
+    return _measured([*command, "--resume", "--json"], source, out)
 
 
 def _mixed(source: Path, out: Path, bits: float, method: str, seen: Path) -> dict[str, Any]:
@@ -244,12 +242,17 @@ def _mixed(source: Path, out: Path, bits: float, method: str, seen: Path) -> dic
         "print(json.dumps(glmquant.convert(source, out, recipe, force=True, resume=True).report))"
     )
     return _measured(
-        [sys.executable, "-c", script, str(source), str(out), method, str(seen), json.dumps(choices)], source
+        [sys.executable, "-c", script, str(source), str(out), method, str(seen), json.dumps(choices)],
+        source,
+        out,
     )
 
 
-def _measured(command: list[str], source: Path) -> dict[str, Any]:
-    """What a conversion that prints its report cost, and the bits for each weight of the linear layers."""
+def _measured(command: list[str], source: Path, out: Path) -> dict[str, Any]:
+    """What a conversion that prints its report cost, and the bits for each weight of the linear layers. The time of one
+    that goes on from an interrupted one is not known.
+    """
+    resumed = out.with_name(out.name + ".partial").exists()
     found = measure.run(command)
     report = json.loads(found.output)
     specs = quality_peers.linear_specs(source)
@@ -258,8 +261,8 @@ def _measured(command: list[str], source: Path) -> dict[str, Any]:
     stored = sum(entry["bytes"] for name, entry in report["tensors"].items() if name in parts)
     return {
         "linear_bits": round(8 * stored / weights, 3),
-        "seconds": round(found.seconds, 1),
-        "cpu_seconds": round(found.cpu_seconds, 1),
+        "seconds": None if resumed else round(found.seconds, 1),
+        "cpu_seconds": None if resumed else round(found.cpu_seconds, 1),
         "peak_anonymous_mib": found.peak_anonymous_bytes >> 20,
     }
 
