@@ -40,7 +40,7 @@ from glmquant.bench import environment
 from glmquant.formats.compressed_tensors import CompressedTensors
 from glmquant.models.blocks import BlockwiseModel
 from glmquant.models.building import open_checkpoint
-from glmquant.recipe import CALIBRATED
+from glmquant.recipe import CALIBRATED, Calibration
 from glmquant.tokenizers.loading import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,6 +56,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "INT4, g64, hqq, asymmetric": (*G64, "--method", "hqq", "--asymmetric"),
     "INT4, g64, weighted-mse": (*G64, "--method", "weighted-mse"),
     "INT4, g64, gptq": (*G64, "--method", "gptq"),
+    "INT4, g64, awq": (*G64, "--method", "awq"),
+    "INT4, g64, awq-gptq": (*G64, "--method", "awq-gptq"),
     "INT4, g64, gptq, random tokens": (*G64, "--method", "gptq", "--calibration", "random"),
     "INT4, g64, gptq, asymmetric": (*G64, "--method", "gptq", "--asymmetric"),
     "INT4, g32, rtn": ("--group-size", "32", "--method", "rtn"),
@@ -216,15 +218,14 @@ def _converted(source: Path, out: Path, arguments: tuple[str, ...], seen: Path) 
     given: tuple[str, ...] = ("--calibration", str(seen)) if calibrated else ()
     given += ("--calibration-windows", str(CALIBRATION_WINDOWS)) if set(CALIBRATED) & set(arguments) else ()
     command = [sys.executable, "-m", "glmquant.cli", "convert", str(source), str(out), *arguments, *given]
-    resumed = out.with_name(out.name + ".partial").exists()
-    cost = _measured([*command, "--resume", "--json"], source)
-    return {**cost, "seconds": None, "cpu_seconds": None} if resumed else cost
+    return _measured([*command, "--resume", "--json"], source, out)
 
 
 def _mixed(source: Path, out: Path, bits: float, method: str, seen: Path) -> dict[str, Any]:
     """Bits and groups for every layer, so that linear layers take `bits` for each weight on average."""
     opened = _open.open_source(source)
-    units = _sensitivity.measure(source).units
+    calibration = Calibration(str(seen), CALIBRATION_WINDOWS) if method in CALIBRATED else None
+    units = _sensitivity.measure(source, method, calibration=calibration).units
     dtype = families.stated_dtype(opened.source.config)
     options = [_fit._options(unit, dtype, CompressedTensors()) for unit in units]
     weights = sum(unit.shape[0] * unit.shape[1] for unit in units)
@@ -238,15 +239,20 @@ def _mixed(source: Path, out: Path, bits: float, method: str, seen: Path) -> dic
         "fit = Fit(1, 1, choices=tuple(Choice(n, tuple(t), b, g) for n, t, b, g in json.loads(choices)))\n"
         f"calibration = Calibration(seen, {CALIBRATION_WINDOWS}) if method in CALIBRATED else None\n"
         "recipe = Recipe(method=method, fit=fit, calibration=calibration)\n"
-        "print(json.dumps(glmquant.convert(source, out, recipe, force=True).report))"
+        "print(json.dumps(glmquant.convert(source, out, recipe, force=True, resume=True).report))"
     )
     return _measured(
-        [sys.executable, "-c", script, str(source), str(out), method, str(seen), json.dumps(choices)], source
+        [sys.executable, "-c", script, str(source), str(out), method, str(seen), json.dumps(choices)],
+        source,
+        out,
     )
 
 
-def _measured(command: list[str], source: Path) -> dict[str, Any]:
-    """What a conversion that prints its report cost, and the bits for each weight of the linear layers."""
+def _measured(command: list[str], source: Path, out: Path) -> dict[str, Any]:
+    """What a conversion that prints its report cost, and the bits for each weight of the linear layers. The time of one
+    that goes on from an interrupted one is not known.
+    """
+    resumed = out.with_name(out.name + ".partial").exists()
     found = measure.run(command)
     report = json.loads(found.output)
     specs = quality_peers.linear_specs(source)
@@ -255,8 +261,8 @@ def _measured(command: list[str], source: Path) -> dict[str, Any]:
     stored = sum(entry["bytes"] for name, entry in report["tensors"].items() if name in parts)
     return {
         "linear_bits": round(8 * stored / weights, 3),
-        "seconds": round(found.seconds, 1),
-        "cpu_seconds": round(found.cpu_seconds, 1),
+        "seconds": None if resumed else round(found.seconds, 1),
+        "cpu_seconds": None if resumed else round(found.cpu_seconds, 1),
         "peak_anonymous_mib": found.peak_anonymous_bytes >> 20,
     }
 

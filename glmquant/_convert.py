@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _native, formats
+from . import _native, families, formats
 from ._card import folder_card
 from ._flow import SourceShards, in_order
 from ._hashing import BackgroundHasher, sha256
@@ -24,13 +24,13 @@ from .checkpoint.output import CARD, REPORT, OutputFolder, check_out, write_sync
 from .checkpoint.sink import Begun, ShardedSink, ShardLayout, begun_shard
 from .errors import OutOfMemoryError, OutputError, UsageError
 from .plan import Plan, make_plan
-from .recipe import Recipe, show_size
+from .recipe import SCALED, Recipe, show_size
 
 if TYPE_CHECKING:
-    from ._calibrate import CalibrationText
     from ._device import Gpu
     from ._quantize import Task
     from ._sensitivity import Measurement
+    from .calibration import CalibrationText
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the name of what is being worked on."""
@@ -171,6 +171,10 @@ def convert(
                 plan, opened, output, finished, device, workers or cores(), hasher, progress, text
             )
             source_files = {**opened.remote_files, **hasher.result()}
+        if summary is not None and plan.recipe.method in SCALED:
+            from .calibration import folded
+
+            summary["folded"] = folded(output.calibrated, families.FAMILIES[plan.family], plan.dims)
         from . import _verify
 
         for name, data in files.items():
@@ -256,7 +260,7 @@ def _write_weights(
     shards = SourceShards(opened.source, todo, keep_what_is_done)
     prepared: Iterable[Task] = todo
     if text is not None:
-        from ._calibrate import Calibrator
+        from .calibration import Calibrator
 
         prepared = Calibrator(
             opened,
@@ -334,7 +338,7 @@ def _hints(plan: Plan, gpu: Gpu | None, idle: str | None) -> Iterator[str]:
 def _calibration_text(plan: Plan, opened: OpenedSource) -> CalibrationText | None:
     if plan.recipe.calibration is None:
         return None
-    from ._calibrate import calibration_text
+    from .calibration import calibration_text
 
     return calibration_text(plan.recipe.calibration, opened.folder, plan.dims.context)
 

@@ -179,7 +179,11 @@ def _options(unit: Unit, dtype: str, fmt: Format) -> list[Option]:
             and kind.group in fmt.abilities.groups
         ):
             held = Held(Role.LINEAR, unit.shape, kind.scheme(scale))
-            found.append(Option((kind.bits, kind.group), sum(held_bytes(held, dtype, "cuda")), damage))
+            found.append(
+                Option(
+                    (kind.bits, kind.group), sum(held_bytes(held, dtype, "cuda")), unit.importance * damage
+                )
+            )
     return sorted(found, key=lambda option: (option.nbytes, option.damage))
 
 

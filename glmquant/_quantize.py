@@ -5,11 +5,12 @@ Runs in worker threads, one torch thread each; blocks are small enough to stay i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ._device import Gpu
+from ._folding import Folds
 from .checkpoint.decoded import DecodedSource
 from .checkpoint.source import TensorSource, torch_dtype
 from .errors import GlmquantError, QuantizationError
@@ -36,6 +37,8 @@ class Task:
     stop: int
     ready: QuantizedTensor | None = None
     """what these rows have been quantized to already, by calibration"""
+    folds: Folds = field(default_factory=Folds)
+    """scales that calibration has moved between layers"""
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +79,7 @@ def run(
                 assert item.scheme is not None
                 assert isinstance(source, DecodedSource)
                 return _carried(source.quantized(*place), item, item.scheme, fmt)
-            rows = source.read(*place)
+            rows = task.folds.apply(item.source, source.read(*place), place[1])
             if item.scheme is None:
                 return TaskResult({item.name: _copied(rows, item)})
             assert quantizer is not None

@@ -5,7 +5,9 @@ Data-free, unless the method is a calibrated one. The damage of a scheme is the 
 ``sum_j s_j |w_j - w'_j|^2 / sum_j s_j |w_j|^2`` over the columns j of the weight, s_j being the mean square of channel
 j. Behind a norm, s_j is the square of its gain (and of its bias): normalized values have mean square 1. Elsewhere
 nothing is known without data, and s_j is 1. For calibrated methods s_j is what the text makes it, in the model as it
-is; the errors are those of `mse`, which such methods lower about evenly.
+is; the errors are those of `mse`, which such methods lower about evenly. The text also tells what an error of each
+layer costs in the end (`Unit.importance`), by which layers are weighed against each other: without it they all count
+the same.
 """
 
 from __future__ import annotations
@@ -36,12 +38,13 @@ from .scheme import Scheme
 if TYPE_CHECKING:
     import torch
 
+    from .calibration import LayerFacts
     from .quantizers import Quantizer
 
 _ROWS = 256  # of a weight that are looked at, in evenly spaced blocks
 _BLOCK_ROWS = 8
 _ROW_LENGTH = 1 << 30  # for sorting
-_VERSION = "3"
+_VERSION = "4"
 
 Progress = Callable[[int, int, str], None]
 
@@ -81,12 +84,14 @@ class Unit:
         tensors: their names in the source.
         shape: rows together, columns.
         damage: kinds whose groups do not divide the columns are left out.
+        importance: what damage of this unit counts compared with that of others; see `glmquant.calibration.inputs`.
     """
 
     name: str
     tensors: tuple[str, ...]
     shape: tuple[int, int]
     damage: dict[Kind, float]
+    importance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,10 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         units = [
-            {"name": u.name, "tensors": u.tensors, "shape": u.shape, "damage": [[*k, d] for k, d in u.damage.items()]}
+            {
+                "name": u.name, "tensors": u.tensors, "shape": u.shape, "importance": u.importance,
+                "damage": [[*k, d] for k, d in u.damage.items()],
+            }
             for u in self.units
         ]  # fmt: skip
         return {"method": self.method, "units": units}
@@ -119,6 +127,7 @@ class Measurement:
                 tuple(u["tensors"]),
                 tuple(u["shape"]),
                 {Kind(*kind): float(damage) for *kind, damage in u["damage"]},
+                float(u.get("importance", 1)),
             )
             for u in data["units"]
         )
@@ -272,14 +281,15 @@ def _measured(
 
     source = opened.source
     quantizer = quantizers.data_free(method)
-    inputs: Mapping[str, torch.Tensor] = {}
+    facts: Mapping[str, LayerFacts] = {}
+    family = families.detect(source.config)
     if method in CALIBRATED:
-        from ._calibrate import mean_squares
+        from .calibration import layer_facts
 
         opened.fetch_sidecars()
-        inputs = mean_squares(opened, calibration or Calibration(), progress)
+        mixed = "native" in family.layouts  # importances are for the choice between layers
+        facts = layer_facts(opened, calibration or Calibration(), progress, mixed)
     scale = TORCH_NAMES[families.stated_dtype(source.config)]
-    family = families.detect(source.config)
     todo = list(family.units(family.dims(source.config)))
     schemes = {kind: kind.scheme(scale) for kind in kinds(method)}
     done = 0
@@ -290,7 +300,7 @@ def _measured(
             )
         )
     with tuned_for_blocks(), ThreadPoolExecutor(cores(), thread_name_prefix="glmquant-measure") as pool:
-        work = pool.map(lambda unit: _measured_unit(source, quantizer, schemes, unit, inputs), todo)
+        work = pool.map(lambda unit: _measured_unit(source, quantizer, schemes, unit, facts), todo)
         for unit in work:
             yield unit
             done += 1
@@ -313,14 +323,13 @@ def _measured_unit(
     quantizer: Quantizer,
     schemes: dict[Kind, Scheme],
     unit: LinearUnit,
-    inputs: Mapping[str, torch.Tensor],
+    facts: Mapping[str, LayerFacts],
 ) -> Unit:
     import torch
 
     shape = _shape(unit)
-    channels = inputs.get(unit.tensors[0].name)
-    if channels is None:
-        channels = _mean_squares(source, unit.norm, shape[1])
+    known = facts.get(unit.tensors[0].name)
+    channels = _mean_squares(source, unit.norm, shape[1]) if known is None else known.squares
     error = {kind: 0.0 for kind, s in schemes.items() if s.group_size is None or shape[1] % s.group_size == 0}
     total = 0.0
     for spec in unit.tensors:
@@ -335,7 +344,7 @@ def _measured_unit(
                 raise QuantizationError(f"{spec.name} cannot be converted: {problem}.") from None
             error[kind] += share * float((lost.sum(0, dtype=torch.float64) * channels).sum())
     damage = {kind: lost / total if total else 0.0 for kind, lost in error.items()}
-    return Unit(unit.name, _names(unit), shape, damage)
+    return Unit(unit.name, _names(unit), shape, damage, 1.0 if known is None else known.importance)
 
 
 def _mean_squares(source: TensorSource, norm: str | None, columns: int) -> torch.Tensor:

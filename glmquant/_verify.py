@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from . import families, formats, hub
+from ._folding import Folds, effective, from_letters
 from ._hashing import sha256
 from ._open import PathLike, open_source
 from .checkpoint.files import check_inside, read_json
 from .checkpoint.output import REPORT
-from .checkpoint.source import TensorSource, open_folder
+from .checkpoint.source import TensorSource, open_folder, torch_dtype
 from .errors import SourceError, UnsafeFileError, UsageError, VerificationError
 from .families import Dims, Family, LayoutTensor, Role
 from .formats import Format, StoredWeight, blocks, read_rows
@@ -119,6 +120,7 @@ def verify(
                 f"a LoRA was merged into {folder}; pass it with --adapter to compare with a source."
             )
         originals = _Originals(open_source(source, adapter).source, family, dims)
+        originals.fold(report.get("calibration", {}).get("folded", []), checkpoint)
     for number, tensor in enumerate(layout):
         if tensor.name in weights:
             _check_weight(checkpoint, fmt, weights[tensor.name], originals, result)
@@ -180,6 +182,7 @@ def _check_hashes(folder: Path, result: Verification) -> dict[str, Any]:
             check_inside(folder, name, REPORT)
         bool(report["source"]["adapter"])
         [float(entry.get("relative_error", 0)) for entry in report["tensors"].values()]
+        [from_letters(letters) for letters in report.get("calibration", {}).get("folded", [])]
     except UnsafeFileError as error:
         result.problems.append(str(error))
         return {}
@@ -316,6 +319,22 @@ class _Originals:
         if head not in source.infos():
             tied = {name: (embedding, 0) for name, (stored, _) in self._places.items() if stored == head}
             self._places.update(tied)
+        self._family, self._dims, self._folds = family, dims, Folds()
+
+    def fold(self, letters: list[str], made: TensorSource) -> None:
+        """Take the originals as scaled: see `glmquant._folding`.
+
+        Args:
+            letters: as the report has them.
+            made: the folder, which says in what dtype norms are stored.
+        """
+        known = {name: place[0] for name, place in self._places.items()}
+        dtypes = {known.get(name): info.dtype for name, info in made.infos().items()}
+        for fold, found in zip(self._family.folds(self._dims), letters, strict=False):
+            if len(found) == fold.channels:
+                dtype = torch_dtype(dtypes.get(fold.giver.name, "F32"))
+                gain = self._source.read(fold.giver.name)
+                self._folds.add(fold, effective(fold, from_letters(found), gain, dtype))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name not in self._places:
@@ -323,7 +342,8 @@ class _Originals:
         stored, first = self._places[name]
         if stored not in self._source.infos():
             raise SourceError(f"the source has no {stored}; is it what the folder was made from?")
-        return self._source.read(stored, first + start, first + stop)
+        rows = self._source.read(stored, first + start, first + stop)
+        return self._folds.apply(stored, rows, first + start)
 
 
 def _compare_errors(result: Verification, report: Mapping[str, Any]) -> None:

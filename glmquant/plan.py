@@ -22,7 +22,7 @@ from .checkpoint.source import ITEM_SIZES, TensorInfo, TensorSource
 from .errors import SourceError, UsageError
 from .families import Dims, Family, LayoutTensor, Role
 from .formats import Format, ModelFacts
-from .recipe import CALIBRATED, Calibration, Recipe
+from .recipe import CALIBRATED, SCALED, Calibration, Recipe
 from .scheme import Scheme
 
 _WEIGHT_DTYPES = ("F16", "BF16", "F32")
@@ -203,6 +203,11 @@ def resolve_recipe(recipe: Recipe, family: Family) -> tuple[Recipe, Format]:
     if method == "hqq" and recipe.symmetric:
         raise UsageError(
             "--method hqq chooses zero points, and without --asymmetric there are none; use --method mse."
+        )
+    if method in SCALED and not family.folds_norms:
+        raise UsageError(
+            f"--method {method} folds scales into norms, whose output a {family.name} model also adds to its residual "
+            "stream; use --method gptq."
         )
     calibration = recipe.calibration
     if method in CALIBRATED:

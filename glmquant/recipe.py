@@ -116,7 +116,9 @@ class Fit:
         return {name: choice for choice in self.choices for name in choice.tensors}
 
 
-CALIBRATED = ("gptq", "weighted-mse")
+SCALED = ("awq", "awq-gptq")
+"""Methods that scale channels first, and fold that into what computes them."""
+CALIBRATED = ("gptq", "weighted-mse", *SCALED)
 """Methods that look at what text does to the inputs of layers."""
 METHODS = ("rtn", "mse", "hqq", "thudm", *CALIBRATED)
 """What `Recipe.method` may be asked to be; bitsandbytes' own goes without saying."""

@@ -10,46 +10,36 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_calibrated import WINDOW, calibrated, chatglm3, divergence, two_texts
 from helpers_sources import CHATGLM, CHATGLM2, write_model
 from safetensors.torch import load_file
-from test_evaluate import TEXT, opinionated
-from test_original_tokenizers_tiny import chatglm_folder, glm4_folder, sentencepiece_folder
+from test_evaluate import opinionated
+from test_original_tokenizers_tiny import chatglm_folder, glm4_folder
 
 import glmquant
-from glmquant import Recipe, Scheme, UsageError, _calibrate, _kept
-from glmquant._calibrate import Calibrator, calibration_text
+from glmquant import Recipe, Scheme, UsageError, _kept
 from glmquant._convert import plan_conversion
 from glmquant._open import open_source
 from glmquant._sensitivity import Kind
 from glmquant._windows import CALIBRATION_SAMPLE, SAMPLE, read_text
+from glmquant.calibration import Calibrator, calibration_text, layer_facts
 from glmquant.checkpoint.output import CARD, REPORT
 from glmquant.quantizers import QUANTIZERS, Gptq, LeastSquares
 from glmquant.recipe import CALIBRATED, Calibration
 
-WINDOW = 32
 MODELS = ("chatglm2", "chatglm", "glm", "glm-4")
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """One to calibrate with, and another to evaluate on: the lines of a text in another order, other words in them."""
-    folder = tmp_path_factory.mktemp("texts")
-    words = TEXT.split()
-    seen, unseen = folder / "seen.txt", folder / "unseen.txt"
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randint(len(words), (2, 1200), generator=generator).tolist()
-    for path, choice in zip((seen, unseen), order, strict=True):
-        path.write_text(" ".join(words[number] for number in choice), encoding="utf-8")
-    return seen, unseen
+    return two_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random models with tokenizers: ChatGLM3, ChatGLM-6B, the native layout of the first, and GLM-4's vocabulary."""
     root = tmp_path_factory.mktemp("models")
-    config = {**CHATGLM2, "padded_vocab_size": 512}
-    later = sentencepiece_folder(root / "chatglm2", "chatglm3-6b")
-    write_model(later, config, opinionated(config))
+    later = chatglm3(root / "chatglm2")
     glmquant.convert(later, root / "glm", Recipe(bits=16))
     fourth = glm4_folder(root / "glm-4")
     rows = len(glmquant.load_tokenizer(fourth)) + 1
@@ -64,13 +54,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def recipe(name: str, method: str, text: Path, **options: Any) -> Recipe:
-    calibration = Calibration(str(text), windows=24, window=WINDOW) if method in CALIBRATED else None
     kind: dict[str, Any] = {"format": "cpm"} if name == "chatglm" else {"group_size": 32}
-    return Recipe(method=method, calibration=calibration, **{**kind, **options})
-
-
-def divergence(out: Path, source: Path, text: Path) -> float:
-    return glmquant.evaluate(out, source, text, window=WINDOW, windows=12, device="cpu").kl_mean.value
+    return calibrated(method, text, **{**kind, **options})
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -172,7 +157,8 @@ def test_sensitivities_are_those_of_the_text(models: dict[str, Path], texts: tup
     """Mean squares of hooks in the whole model; and the damage of a layer follows them."""
     calibration = Calibration(str(texts[0]), windows=8, window=WINDOW)
     opened = open_source(models["chatglm2"])
-    found = _calibrate.mean_squares(opened, calibration)
+    facts = layer_facts(opened, calibration)
+    found = {name: fact.squares for name, fact in facts.items()}
     model = glmquant.load(models["chatglm2"], "cpu", torch.float32)
     inputs: list[torch.Tensor] = []
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
@@ -193,6 +179,42 @@ def test_sensitivities_are_those_of_the_text(models: dict[str, Path], texts: tup
     assert units["mse"].damage[Kind(4, 32)] == pytest.approx(float(lost.sum() / total.sum()), rel=1e-4)
     weighted = float((lost * found[down]).sum() / (total * found[down]).sum())
     assert units["gptq"].damage[Kind(4, 32)] == pytest.approx(weighted, rel=1e-4)
+
+
+def test_importance_is_what_an_error_costs_in_divergence(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    """Every row of one layer made a little larger or smaller: the divergence that this brings is foretold."""
+    source = chatglm3(tmp_path / "source", outliers=3)
+    tensors = load_file(source / "model.safetensors")
+    facts = layer_facts(open_source(source), Calibration(str(texts[0]), windows=6, window=WINDOW))
+    ids = calibration_text(Calibration(str(texts[0]), windows=6, window=WINDOW), source, 256).ids
+    model = glmquant.load(source, "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        exact = model(ids).logits.log_softmax(-1)
+    names = {
+        "o_proj": "self_attention.dense",
+        "gate_up_proj": "mlp.dense_h_to_4h",
+        "down_proj": "mlp.dense_4h_to_h",
+    }
+    foretold, measured = [], []
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] not in names:
+            continue
+        name = f"transformer.encoder.layers.{path.split('.')[2]}.{names[path.rpartition('.')[2]]}.weight"
+        divergences = []
+        for _ in range(4):
+            signs = torch.randint(0, 2, (len(module.weight), 1), generator=generator) * 2 - 1
+            with torch.no_grad():
+                module.weight.mul_(1 + 0.01 * signs)
+                found = model(ids).logits.log_softmax(-1)
+                module.weight.copy_(tensors[name])
+            divergences.append(float((exact.exp() * (exact - found)).sum(-1).mean()))
+        foretold.append(facts[name].importance * 0.01**2)
+        measured.append(sum(divergences) / len(divergences))
+    print(foretold, measured)
+    ratios = [a / b for a, b in zip(foretold, measured, strict=True)]
+    assert max(measured) > 5 * min(measured)
+    assert 0.2 < min(ratios) < max(ratios) < 5
 
 
 def test_random_tokens_in_place_of_a_text(

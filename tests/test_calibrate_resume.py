@@ -16,7 +16,7 @@ from test_original_tokenizers_tiny import sentencepiece_folder
 
 import glmquant
 from glmquant import Recipe
-from glmquant._calibrate import Calibrator
+from glmquant.calibration import Calibrator
 from glmquant.recipe import Calibration
 
 LAYERS = 4

@@ -81,6 +81,8 @@ class TensorRule:
         optional: a checkpoint may leave it out.
         unit: linear weights of a layer with the same name here have to be stored alike: engines fuse them.
         behind: the norm (its weight) whose output a linear weight multiplies; None if it is something else.
+        fed: the linear weight whose last rows, so many by name, are the inputs of this one up to factors that do not
+            depend on them; None if there is none.
     """
 
     name: str
@@ -91,6 +93,7 @@ class TensorRule:
     optional: bool = False
     unit: str | None = None
     behind: str | None = None
+    fed: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class TensorSpec:
     optional: bool
     unit: str | None = None
     behind: str | None = None
+    fed: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,28 @@ class LinearUnit:
     name: str
     tensors: tuple[TensorSpec, ...]
     norm: str | None
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Channels between two parts of a layer: what divides them in the giver and multiplies them in the takers changes
+    nothing that the model computes.
+
+    Attributes:
+        layer: its number.
+        giver: a norm's weight, or a linear one; its last rows, and those of its bias, are the channels.
+        channels: how many.
+        takers: linear weights, whose columns are the channels.
+        repeat: heads that share the channels of one key/value head: so many blocks of columns for one of channels.
+        block: channels of a head.
+    """
+
+    layer: int
+    giver: TensorSpec
+    channels: int
+    takers: tuple[TensorSpec, ...]
+    repeat: int = 1
+    block: int = 1
 
 
 @dataclass(frozen=True)
@@ -160,6 +186,7 @@ class Family:
         original_config: what ``config.json`` of the original layout says whatever the source said.
         stop_ids: where the original ``chat()`` ends an answer, from a config; the flag says that the tokenizer may have
             role tokens.
+        folds_norms: only linear weights see what norms give.
     """
 
     name: str
@@ -171,6 +198,7 @@ class Family:
     unsupported: Mapping[str, Any] | None = None
     original_config: Callable[[Config], dict[str, Any]] = lambda config: {}
     stop_ids: Callable[[Config, bool], Any] = lambda config, has_roles: config.get("eos_token_id")
+    folds_norms: bool = True
 
     def dims(self, config: Config) -> Dims:
         """Sizes of the model; `SourceError` names what config.json lacks or states wrongly."""
@@ -231,6 +259,20 @@ class Family:
             name = own if tensors[0].unit is None else unit
             yield LinearUnit(f"layer {layer} {name}", tensors, tensors[0].behind)
 
+    def folds(self, dims: Dims) -> Iterator[Fold]:
+        """Where channels can be scaled, in the order of `tensors`; in each layer the same."""
+        by_name = {spec.name: spec for spec in self.tensors(dims)}
+        for unit in self.units(dims):
+            first = unit.tensors[0]
+            assert first.layer is not None
+            if unit.norm is not None and self.folds_norms:
+                yield Fold(first.layer, by_name[unit.norm], first.shape[1], unit.tensors)
+            elif first.fed is not None:
+                giver, rows = first.fed
+                repeat = first.shape[1] // rows
+                block = dims.head_dim if repeat > 1 else 1
+                yield Fold(first.layer, by_name[giver], rows, unit.tensors, repeat, block)
+
     def in_layout(self, dims: Dims, layout: str) -> Iterator[LayoutTensor]:
         """Every tensor of an output layout, ``native`` or ``original``, in the order of `tensors`."""
         for spec in self.tensors(dims):
@@ -270,6 +312,7 @@ class Family:
             optional=rule.optional or (rule.role is Role.HEAD and dims.tied_head),
             unit=rule.unit,
             behind=rule.behind.format(layer=layer) if rule.behind else None,
+            fed=(rule.fed[0].format(layer=layer), sizes[rule.fed[1]]) if rule.fed else None,
         )
 
 
@@ -291,7 +334,13 @@ def stated_dtype(config: Config) -> str:
 
 
 def per_layer(prefix: str, rows: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
-    """Put `prefix` (with ``{layer}``) in front of every rule's name and of the norm it is behind."""
+    """Put `prefix` (with ``{layer}``) in front of every rule's name, of the norm it is behind and of what feeds it."""
     return tuple(
-        replace(r, name=prefix + r.name, behind=prefix + r.behind if r.behind else None) for r in rows
+        replace(
+            r,
+            name=prefix + r.name,
+            behind=prefix + r.behind if r.behind else None,
+            fed=(prefix + r.fed[0], r.fed[1]) if r.fed else None,
+        )
+        for r in rows
     )

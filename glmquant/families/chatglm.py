@@ -34,6 +34,7 @@ FAMILY = Family(
     read_dims=_dims,
     describe=_describe,
     unsupported={"position_encoding_2d": True},
+    folds_norms=False,  # the residual stream takes what they give, too
     rules=(
         TensorRule("transformer.word_embeddings.weight", ("vocab", "hidden"), Role.EMBEDDING),
         *per_layer(

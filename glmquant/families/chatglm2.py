@@ -153,6 +153,7 @@ FAMILY = Family(
                     ("hidden", "q"),
                     Role.LINEAR,
                     native=((_LAYER + "self_attn.o_proj.weight", "hidden"),),
+                    fed=("self_attention.query_key_value.weight", "kv"),
                 ),
                 TensorRule(
                     "post_attention_layernorm.weight",
@@ -172,6 +173,7 @@ FAMILY = Family(
                     ("hidden", "ffn"),
                     Role.LINEAR,
                     native=((_LAYER + "mlp.down_proj.weight", "hidden"),),
+                    fed=("mlp.dense_h_to_4h.weight", "ffn"),
                 ),
             ),
         ),

@@ -31,8 +31,8 @@ def _native_config(config: Config) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "auto_map"}
 
 
-def _same(name: str, rows: str, *columns: str, role: Role, **more: str) -> TensorRule:
-    return TensorRule(name, (rows, *columns), role, native=((name, rows),), **more)  # type: ignore[arg-type]
+def _same(name: str, rows: str, *columns: str, role: Role, **more: Any) -> TensorRule:
+    return TensorRule(name, (rows, *columns), role, native=((name, rows),), **more)
 
 
 def _rules(extra_norms: tuple[str, ...]) -> tuple[TensorRule, ...]:
@@ -51,7 +51,9 @@ def _rules(extra_norms: tuple[str, ...]) -> tuple[TensorRule, ...]:
             for n, r in projections
         ),
         *(_same(f"self_attn.{n}.bias", r, role=Role.BIAS, when="qkv_bias") for n, r in projections),
-        _same("self_attn.o_proj.weight", "hidden", "q", role=Role.LINEAR),
+        _same(
+            "self_attn.o_proj.weight", "hidden", "q", role=Role.LINEAR, fed=("self_attn.v_proj.weight", "kv")
+        ),
         _same("post_attention_layernorm.weight", "hidden", role=Role.NORM),
         *(_same(f"{n}.weight", "hidden", role=Role.NORM) for n in extra_norms),
         _same(
@@ -61,7 +63,9 @@ def _rules(extra_norms: tuple[str, ...]) -> tuple[TensorRule, ...]:
             role=Role.LINEAR,
             behind="post_attention_layernorm.weight",
         ),
-        _same("mlp.down_proj.weight", "hidden", "ffn", role=Role.LINEAR),
+        _same(
+            "mlp.down_proj.weight", "hidden", "ffn", role=Role.LINEAR, fed=("mlp.gate_up_proj.weight", "ffn")
+        ),
     )
     prefix = "model.layers.{layer}."
     return (

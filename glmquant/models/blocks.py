@@ -70,9 +70,7 @@ class BlockwiseModel:
                     states[index] = block(state, **options)
             self.check(states, f"layer {number}")
             done(f"layer {number}")
-        base, ends = self._model.base_model, (Role.EMBEDDING, Role.HEAD)
-        norm = base.norm if hasattr(base, "norm") else base.final_layernorm
-        with self._filled(s for s in self._checkpoint.present() if s.layer is None and s.role not in ends):
+        with self.last_norm() as norm:
             states = [norm(state) for state in states]
         self.check(states, "the last norm")
         done("the last norm")
@@ -100,6 +98,13 @@ class BlockwiseModel:
         """A parameter of what is in memory, to be written to."""
         found: Tensor = self._model.get_parameter(name).data
         return found
+
+    @contextmanager
+    def last_norm(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The norm behind the last layer, in memory inside of the ``with``."""
+        base, ends = self._model.base_model, (Role.EMBEDDING, Role.HEAD)
+        with self._filled(s for s in self._checkpoint.present() if s.layer is None and s.role not in ends):
+            yield base.norm if hasattr(base, "norm") else base.final_layernorm
 
     @contextmanager
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import UsageError
 from ..recipe import CALIBRATED
+from .awq import Scaled
 from .base import Quantizer
 from .bitsandbytes import BitsandbytesOwn
 from .gptq import Gptq
@@ -13,8 +14,8 @@ from .thudm import Thudm
 from .weighted import Hqq, WeightedLeastSquares
 
 __all__ = [
-    "QUANTIZERS", "BitsandbytesOwn", "Gptq", "Hqq", "LeastSquares", "Quantizer", "RoundToNearest", "Thudm",
-    "WeightedLeastSquares", "data_free", "get",
+    "QUANTIZERS", "BitsandbytesOwn", "Gptq", "Hqq", "LeastSquares", "Quantizer", "RoundToNearest", "Scaled",
+    "Thudm", "WeightedLeastSquares", "data_free", "get",
 ]  # fmt: skip
 
 QUANTIZERS: dict[str, Quantizer] = {
@@ -25,6 +26,8 @@ QUANTIZERS: dict[str, Quantizer] = {
     "hqq": Hqq(),
     "weighted-mse": WeightedLeastSquares(),
     "gptq": Gptq(),
+    "awq": Scaled(WeightedLeastSquares(), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)),
+    "awq-gptq": Scaled(Gptq(), (0.15, 0.3, 0.45)),
 }
 
 

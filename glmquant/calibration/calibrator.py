@@ -11,10 +11,10 @@ one layer's inputs. After each block what has been found is written to a folder,
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,85 +22,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import families, formats
-from ._kept import KeptTensors
-from ._open import OpenedSource
-from ._pace import Pace
-from ._windows import CALIBRATION_SAMPLE, cut, read_text
-from .checkpoint.source import TensorInfo
-from .errors import QuantizationError
-from .families import TensorSpec
-from .models.blocks import BlockwiseModel
-from .models.building import Checkpoint
-from .models.loading import compute_dtype
-from .packing import pack_int32, unpack_int32
-from .plan import Plan
-from .recipe import RANDOM, Calibration
-from .scheme import QuantizedTensor
-from .tokenizers.loading import load_tokenizer
+from .. import families, formats
+from .._folding import Folds, effective, to_letters
+from .._kept import KeptTensors
+from .._open import OpenedSource
+from .._pace import Pace
+from ..checkpoint.source import torch_dtype
+from ..errors import QuantizationError
+from ..families import Dims, Family, Fold, TensorSpec
+from ..models.blocks import BlockwiseModel
+from ..models.building import Checkpoint
+from ..models.loading import compute_dtype
+from ..packing import pack_int32, unpack_int32
+from ..plan import Plan
+from ..quantizers import Scaled
+from ..scheme import QuantizedTensor
+from .inputs import Borrowed
+from .text import CalibrationText
 
 if TYPE_CHECKING:
-    from ._quantize import Task
-    from .quantizers import Quantizer
-
-_TEXT_PER_RANDOM = 3  # windows
+    from .._quantize import Task
+    from ..quantizers import Quantizer
 
 Told = Callable[[str], None]
-Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Windows [windows, tokens] of a text, what a report says of them, and torch's threads before a conversion, which
-    lowers their number.
-    """
-
-    ids: Tensor
-    summary: Mapping[str, Any]
-    threads: int
-
-
-def calibration_text(calibration: Calibration, folder: Path, context: int) -> CalibrationText:
-    """Windows spread evenly over the text, as the tokenizer of the model in `folder` cuts it, and random tokens.
-
-    No text shows all that a model may be given. One window in four is of tokens drawn evenly from the whole vocabulary:
-    what they move is not to be thrown away for the sake of the text. On text of another kind this takes a third off the
-    damage, on text of the same kind it costs nothing. Random tokens alone, without any text, do better than any method
-    that looks at weights only.
-
-    Args:
-        calibration: what is asked for.
-        folder: holds the tokenizer.
-        context: of the model; no window is longer.
-
-    Raises:
-        SourceError: the text cannot be read.
-        UsageError: it is shorter than a window.
-    """
-    calibration = replace(calibration, window=min(calibration.window, context))
-    alone = calibration.text == RANDOM
-    text = "" if alone else read_text(calibration.text, sample=CALIBRATION_SAMPLE)
-    tokenizer = load_tokenizer(folder)
-    prefix = list(tokenizer.encode("", add_special_tokens=True))
-    chosen = torch.empty(0, calibration.window, dtype=torch.int64)
-    if not alone:
-        ids = cut(text, tokenizer, calibration.window).ids
-        count = min(calibration.windows, len(ids))
-        chosen = ids[[number * len(ids) // count for number in range(count)]]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    plain = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
-    size = (calibration.windows if alone else -(-len(chosen) // _TEXT_PER_RANDOM), calibration.window)
-    drawn = plain[torch.randint(len(plain), size, generator=torch.Generator().manual_seed(0))]
-    drawn[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
-    name = CALIBRATION_SAMPLE if calibration.text is None else Path(calibration.text).name
-    summary = {
-        "text": name,
-        **({} if alone else {"sha256": hashlib.sha256(text.encode()).hexdigest()}),
-        "windows": len(chosen),
-        "random_windows": len(drawn),
-        "window": calibration.window,
-    }
-    return CalibrationText(torch.cat([chosen, drawn]), summary, torch.get_num_threads())
 
 
 class Calibrator:
@@ -128,37 +72,45 @@ class Calibrator:
         kept: Path,
         told: Told = lambda name: None,
     ) -> None:
-        source = _Borrowed(opened)
+        source = Borrowed(opened)
         family = families.detect(source.config)
         self._checkpoint = Checkpoint(source, family, plan.dims, formats.get("safetensors"), {})
         dtype = torch.float32 if device.type == "cpu" else compute_dtype(None, self._checkpoint)
         self._model = BlockwiseModel(self._checkpoint, dtype, device)
         self._text, self._quantizer, self._told = text, quantizer, Pace(plan.dims.layers, told)
         self._kept = KeptTensors(kept)
-        self._schemes = {
-            item.source: item.scheme for item in plan.items if item.scheme is not None and not item.carried
-        }
+        items = {item.source: item for item in plan.items if not item.carried}
+        self._schemes = {name: item.scheme for name, item in items.items() if item.scheme is not None}
+        self._folds = Folds()
+        self._foldable: dict[int, list[Fold]] = {}
+        for fold in family.folds(plan.dims) if isinstance(quantizer, Scaled) else ():
+            if fold.giver.name in items and all(taker.name in self._schemes for taker in fold.takers):
+                self._foldable.setdefault(fold.layer, []).append(fold)
+        self._stored = {name: torch_dtype(item.outputs[0].dtype) for name, item in items.items()}
         self._units: dict[int | None, list[tuple[TensorSpec, ...]]] = {}
         for unit in family.units(plan.dims):
             self._units.setdefault(unit.tensors[0].layer, []).append(unit.tensors)
         self._layer = -1  # the last one that is done
         self._found: dict[str, QuantizedTensor] = {}
+        self._scales: dict[str, Tensor] = {}  # of this block, as steps and as they are in effect
         self._states: list[Tensor] = []
         self._options: dict[str, Any] = {}
         self._window = 0  # at which the block is
         self._resumable = self._last_kept(plan.dims.layers)
 
     def prepared(self, tasks: Iterable[Task]) -> Iterator[Task]:
-        """The tasks, those of linear layers with what they are quantized to. Takes one block at a time."""
+        """The tasks, those of linear layers with what they are quantized to, and with scales that are moved between
+        them. Takes one block at a time.
+        """
         for task in tasks:
             item = task.item
-            if item.layer is not None and item.source in self._schemes:
+            ready, calibrated = None, item.layer is not None and item.source in self._schemes
+            if item.layer is not None and (calibrated or item.layer in self._foldable):
                 self._advance(item.layer)
+            if calibrated:
                 first = item.start + task.start
                 ready = self._found[item.source].rows(first, first + task.stop - task.start)
-                yield replace(task, ready=ready)
-            else:
-                yield task
+            yield replace(task, ready=ready, folds=self._folds)
 
     def _advance(self, layer: int) -> None:
         """Be done with the blocks up to `layer`, and hold what it is quantized to."""
@@ -190,30 +142,60 @@ class Calibrator:
     def _quantized(self, layer: int) -> dict[str, QuantizedTensor]:
         found: dict[str, QuantizedTensor] = {}
         with self._model.layer(layer) as block, ExitStack() as kept:
+            if layer in self._foldable:
+                self._scale(layer, block)
             part = ""
             for specs in self._units[layer]:
-                name = self._checkpoint.parts(specs[0])[0].name.removesuffix(".weight")
-                inside = name.removeprefix(self._model.path(block) + ".")
+                inside = self._inside(block, specs[0])
                 if part and not inside.startswith(part + "."):
                     # The attention is done: what it gives is computed once, and not for every layer behind it.
                     kept.enter_context(self._computed_once(block.get_submodule(part)))
                 part = inside.partition(".")[0]
                 if specs[0].name not in self._schemes:
                     continue  # stays as it is
-                self._told(f"calibrating {name}")
+                self._told(f"calibrating {self._model.path(block)}.{inside}")
                 moments = self._moments(block, inside)
                 for spec in specs:
-                    weight = self._checkpoint.source.read(spec.name).to(moments.device)
-                    try:
+                    weight = self._weight(spec).to(moments.device)
+                    with _named(spec.name):
                         quantized = self._quantizer(weight, self._schemes[spec.name], moments)
-                    except QuantizationError as error:
-                        raise QuantizationError(f"{spec.name} cannot be converted: {error}.") from None
                     self._put(spec, quantized)
                     found[spec.name] = _on_cpu(quantized)
             for index, state in enumerate(self._windows()):
                 self._states[index] = block(state, **self._options)
             self._model.check(self._states, f"layer {layer}, quantized,")
         return found
+
+    def _inside(self, block: nn.Module, spec: TensorSpec) -> str:
+        """The name in `block` of the module that a linear weight, or its first rows, belongs to."""
+        name = self._checkpoint.parts(spec)[0].name.removesuffix(".weight")
+        return name.removeprefix(self._model.path(block) + ".")
+
+    def _weight(self, spec: TensorSpec) -> Tensor:
+        """A tensor of the source, with scales that have been moved into it or out of it."""
+        return self._folds.apply(spec.name, self._checkpoint.source.read(spec.name))
+
+    def _scale(self, layer: int, block: nn.Module) -> None:
+        """Choose the scales of a block, for inputs as they are before its weights are quantized, and move them."""
+        assert isinstance(self._quantizer, Scaled)
+        self._told(f"scaling {self._model.path(block)}")
+        read = self._checkpoint.source.read
+        inside = {fold: self._inside(block, fold.takers[0]) for fold in self._foldable[layer]}
+        moments = self._all_moments(block, inside.values())
+        for fold in self._foldable[layer]:
+            name = fold.giver.name
+            weights = [read(taker.name).to(self._model.device) for taker in fold.takers]
+            schemes = [self._schemes[taker.name] for taker in fold.takers]
+            with _named(fold.takers[0].name):
+                steps = self._quantizer.steps(fold, weights, schemes, moments.pop(inside[fold])).cpu()
+            scale = effective(fold, steps, read(name), self._stored[name])
+            self._scales |= {f"{name}.steps": steps, f"{name}.moved": scale}
+            self._folds.add(fold, scale)
+        for spec in self._checkpoint.present():
+            if spec.layer == layer and spec.name in self._folds:
+                weight = self._weight(spec)
+                for part in self._checkpoint.parts(spec):
+                    self._model.parameter(part.name).copy_(weight[part.start : part.stop])
 
     def _windows(self) -> Iterator[Tensor]:
         """What the block is given, window by window."""
@@ -249,6 +231,29 @@ class Calibrator:
             tokens += len(x)
         assert sums is not None
         return sums.div_(tokens)
+
+    def _all_moments(self, block: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+        """The same for several modules at once, in the block as it is."""
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, x: Tensor) -> None:
+            x = x.flatten(0, -2).float()
+            if name not in sums:
+                sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+            sums[name].addmm_(x.t(), x)
+
+        handles = [
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda module, arguments, name=name: add(name, arguments[0])
+            )
+            for name in names
+        ]
+        for state in self._windows():
+            block(state, **self._options)
+        for handle in handles:
+            handle.remove()
+        tokens = sum(state.shape[1] for state in self._states)
+        return {name: found.div_(tokens) for name, found in sums.items()}
 
     def _input(self, block: nn.Module, name: str, state: Tensor) -> Tensor:
         """What a module is given, float32 [tokens, columns]; nothing behind it is computed."""
@@ -297,12 +302,16 @@ class Calibrator:
             tensors[f"{name}.scale"] = quantized.scale
             if quantized.zero_point is not None:
                 tensors[f"{name}.zero_point"] = quantized.zero_point
+        tensors |= self._scales
+        self._scales = {}
         self._kept.save(f"layer-{layer}", tensors)
         self._kept.save(f"states-{layer}", {"states": torch.cat(self._states)})
         self._kept.drop(f"states-{layer - 2}")  # one more than is needed, should the last be damaged
 
     def _read(self, layer: int) -> dict[str, QuantizedTensor]:
         stored, found = self._kept.load(f"layer-{layer}"), {}
+        for fold in self._foldable.get(layer, []):
+            self._folds.add(fold, stored[f"{fold.giver.name}.moved"])
         for specs in self._units[layer]:
             for spec in specs:
                 if f"{spec.name}.codes" in stored:
@@ -315,81 +324,31 @@ class Calibrator:
         return found
 
 
-def mean_squares(
-    opened: OpenedSource, calibration: Calibration, progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """Mean squares of what linear layers are given in the model as it is, float64 [columns], by the name of the first
-    tensor of each of `glmquant.families.Family.units`. Memory holds one block; computed in float32 on the CPU.
-    """
-    source = _Borrowed(opened)
-    family = families.detect(source.config)
-    dims = family.dims(source.config)
-    checkpoint = Checkpoint(source, family, dims, formats.get("safetensors"), {})
-    model = BlockwiseModel(checkpoint, torch.float32, "cpu")
-    units: dict[int | None, list[TensorSpec]] = {}
-    for unit in family.units(dims):
-        units.setdefault(unit.tensors[0].layer, []).append(unit.tensors[0])
-    states, options = model.embedded(calibration_text(calibration, opened.folder, dims.context).ids)
-    found: dict[str, Tensor] = {}
-    tokens = sum(state.shape[1] for state in states)
-    for layer in range(dims.layers):
-        with model.layer(layer) as block, torch.no_grad():
-            sums = {}
-            for spec in units[layer]:
-                name = (
-                    checkpoint.parts(spec)[0]
-                    .name.removesuffix(".weight")
-                    .removeprefix(model.path(block) + ".")
-                )
-                sums[spec.name] = _SumOfSquares(block.get_submodule(name))
-            for index, state in enumerate(states):
-                states[index] = block(state, **options)
-            for spec_name, each in sums.items():
-                found[spec_name] = each.finish() / tokens
-        model.check(states, f"layer {layer}")
-        if progress is not None:
-            progress(layer + 1, dims.layers, f"calibrating layer {layer}")
-    return found
+def folded(folder: Path, family: Family, dims: Dims) -> list[str]:
+    """The scales that a calibration kept, a string for each of `Family.folds`, empty where there are none."""
+    kept = KeptTensors(folder)
+
+    @functools.cache
+    def steps(layer: int) -> dict[str, Tensor]:
+        name = f"layer-{layer}"
+        found = kept.load(name) if kept.is_whole(name) else {}
+        return {name: tensor for name, tensor in found.items() if name.endswith(".steps")}
+
+    chosen = (steps(fold.layer).get(f"{fold.giver.name}.steps") for fold in family.folds(dims))
+    return ["" if found is None else to_letters(found) for found in chosen]
 
 
-class _SumOfSquares:
-    """Adds up the squares of what a module is given."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._sum = torch.zeros((), dtype=torch.float64)
-        self._handle = module.register_forward_pre_hook(self._add)
-
-    def _add(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._sum = self._sum + arguments[0].flatten(0, -2).double().square().sum(0)
-
-    def finish(self) -> Tensor:
-        self._handle.remove()
-        return self._sum
+@contextmanager
+def _named(tensor: str) -> Iterator[None]:
+    """Errors of a quantizer say which tensor it was given."""
+    try:
+        yield
+    except QuantizationError as error:
+        raise QuantizationError(f"{tensor} cannot be converted: {error}.") from None
 
 
 class _Stop(Exception):
     pass
-
-
-class _Borrowed:
-    """A source whose shards on a hub are released by somebody else; see `TensorSource`."""
-
-    def __init__(self, opened: OpenedSource) -> None:
-        self._source, self._remote = opened.source, opened.remote is not None
-        self.folder, self.config, self.files = opened.folder, opened.source.config, opened.source.files
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._source.infos()
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._source.read(name, start, stop)
-
-    def prefetch(self, shard: str) -> None:
-        self._source.prefetch(shard)
-
-    def release(self, shard: str) -> None:
-        if not self._remote:
-            self._source.release(shard)
 
 
 def _on_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
