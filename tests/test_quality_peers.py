@@ -19,7 +19,7 @@ import glmquant
 from benchmarks import quality, quality_llama, quality_peers
 from benchmarks.quality_peers import PEERS, Missing, Peer
 from glmquant import Recipe
-from tests.engines.environments import Environment
+from tests.engines.environments import Environment, EnvironmentFailed
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def test_what_a_worker_gives_is_a_checkpoint(given: SimpleNamespace, tmp_path: P
 def test_a_peer_that_fails_says_why(
     given: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GLMQUANT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    nowhere = Environment("nobody", (), "glmquant-no-such-package==1", beside_ours=True)
-    monkeypatch.setitem(PEERS, "nobody", Peer("hqq", 4.5, environment=nowhere))
-    with pytest.raises(Missing, match="glmquant-no-such-package"):
-        quality_peers.make("nobody", given, tmp_path / "out")
+    def offline(self: Environment, say: object) -> None:
+        raise EnvironmentFailed("pip install: no such package")
+
+    monkeypatch.setattr(Environment, "ensure", offline)
+    with pytest.raises(Missing, match="no such package"):
+        quality_peers.make("hqq, g64, asymmetric", given, tmp_path / "out")
     monkeypatch.setitem(PEERS, "wrong", Peer("gguf", 4.5, {"kind": "Q4_9"}))
     with pytest.raises(Missing, match="Q4_9"):
         quality_peers.make("wrong", given, tmp_path / "out")
