@@ -107,6 +107,10 @@ PEERS: dict[str, Peer] = {
     "auto-round light, g64": Peer(
         "auto_round", _SYMMETRIC, {**_TUNED, "iterations": 50, "rate": 5e-3}, _AUTO_ROUND
     ),
+    # an eighth of the work of light, for slow machines
+    "auto-round light, one window a step, g64": Peer(
+        "auto_round", _SYMMETRIC, {**_TUNED, "iterations": 50, "rate": 5e-3, "batch": 1}, _AUTO_ROUND
+    ),
     "auto-round, g64": Peer("auto_round", _SYMMETRIC, _TUNED, _AUTO_ROUND),
 }
 
