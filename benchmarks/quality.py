@@ -132,9 +132,10 @@ def _build(folder: Path) -> Path:
 
 
 def _save(file: Path, windows: Any, trials: dict[str, Any]) -> None:
+    apart = "" if file.stem == "quality" else f" ({file.stem.removeprefix('quality-')})"
     result = {
         "benchmark": "quality",
-        "model": "SmolLM2-135M-Instruct as ChatGLM3, lean, with a change of basis",
+        "model": f"SmolLM2-135M-Instruct as ChatGLM3, lean, with a change of basis{apart}",
         **environment.describe(),
         "windows": windows,
         "trials": [trials[known] for known in (*RECIPES, *MIXED) if known in trials]
