@@ -28,6 +28,16 @@ class Measured:
     output: str
 
 
+def together(runs: Sequence[Measured]) -> Measured:
+    """One after the other: what they took in all, and the highest peak; says what the last one said."""
+    return Measured(
+        sum(found.seconds for found in runs),
+        sum(found.cpu_seconds for found in runs),
+        max(found.peak_anonymous_bytes for found in runs),
+        runs[-1].output,
+    )
+
+
 def run(command: Sequence[str], *, sync: bool = False) -> Measured:
     """Run `command`; with `sync` the time includes a final ``sync``, so that nothing is left unwritten.
 

@@ -10,8 +10,8 @@ kind of which nothing was seen, by what `glmquant eval` measures.
     python -m benchmarks.quality [--text TEXT] [--other OTHER] [--source DIR] [--windows N] [--only ROW]... [--out FILE]
 
 TEXT is the bundled sample of WikiText-2 unless another is given. Rows that OUT holds already, measured on the same
-windows, are kept: a slow machine may do them one by one. Peers that are not installed are left out. Prints a line for
-each row; the last line is the name of the JSON file.
+windows, are kept: a slow machine may do them one by one. A peer that cannot be run here has a row that says why. Prints
+a line for each row; the last line is the name of the JSON file.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ def main() -> None:
         if options.other is not None:
             texts["another kind"] = read_text(options.other, second_half=True)
         judge = Judge(source, texts, options.windows, options.keep)
+        calibration = Calibration(str(seen), CALIBRATION_WINDOWS)
+        given = quality_peers.Given(source, calibration, (options.keep or root) / "peers")
         trials = _kept(options.out, judge.windows)
         for name in (*RECIPES, *MIXED, *PEERS):
             if name in trials or not any(fnmatchcase(name, wanted) for wanted in options.only or "*"):
@@ -104,11 +106,12 @@ def main() -> None:
                 cost = json.loads(noted.read_text())
             elif name in PEERS:
                 try:
-                    quality_peers.write(name, source, out)
-                except ImportError as error:
-                    print(f"{name} is left out: {error}", file=sys.stderr)
+                    cost = quality_peers.make(name, given, out)
+                except quality_peers.Missing as error:
+                    trials[name] = {"recipe": name, "missing": str(error)}
+                    _save(options.out, judge.windows, trials)
+                    print(json.dumps(trials[name]), flush=True)
                     continue
-                cost = {"linear_bits": PEERS[name][0]}
             elif name in MIXED:
                 cost = _mixed(source, out, *MIXED[name], seen)
             else:
@@ -118,15 +121,7 @@ def main() -> None:
                 continue
             trials[name] = {"recipe": name, **cost, **judge(out)}
             print(json.dumps(trials[name]), flush=True)
-            result = {
-                "benchmark": "quality",
-                "model": "SmolLM2-135M-Instruct as ChatGLM3, lean, with a change of basis",
-                **environment.describe(),
-                "windows": judge.windows,
-                "trials": [trials[known] for known in (*RECIPES, *MIXED, *PEERS) if known in trials],
-                "summary": summarize(trials),
-            }
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            _save(options.out, judge.windows, trials)
             if options.keep is None:
                 shutil.rmtree(out)
     print(options.out)
@@ -138,12 +133,27 @@ def _build(folder: Path) -> Path:
     return folder
 
 
+def _save(file: Path, windows: Any, trials: dict[str, Any]) -> None:
+    apart = "" if file.stem == "quality" else f" ({file.stem.removeprefix('quality-')})"
+    result = {
+        "benchmark": "quality",
+        "model": f"SmolLM2-135M-Instruct as ChatGLM3, lean, with a change of basis{apart}",
+        **environment.describe(),
+        "windows": windows,
+        "trials": [trials[known] for known in (*RECIPES, *MIXED) if known in trials]
+        + [trials.get(known, {"recipe": known, "missing": "was not asked for"}) for known in PEERS],
+        "summary": summarize(trials),
+    }
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def _kept(file: Path, windows: Any) -> dict[str, Any]:
     """Rows that were measured on the same windows."""
     if not file.exists():
         return {}
     found = json.loads(file.read_text())
-    return {trial["recipe"]: trial for trial in found["trials"]} if found.get("windows") == windows else {}
+    same = found.get("windows") == windows
+    return {trial["recipe"]: trial for trial in found["trials"] if same and "missing" not in trial}
 
 
 class Judge:

@@ -235,7 +235,10 @@ def _quality(result: Result, plot: Path) -> list[str]:
     for kind in kinds:
         rows[0] += [f"{what}, {kind} of text" for what in ("KLD", "perplexity, x", "same top token")]
     figure, axes = _figure()
+    missing = [f"{trial['recipe']} ({trial['missing']})" for trial in result["trials"] if "missing" in trial]
     for trial in result["trials"]:
+        if "missing" in trial:
+            continue
         cost = [trial.get("cpu_seconds"), trial.get("peak_anonymous_mib")]
         cells = [f"{trial['linear_bits']:.2f}", *("" if found is None else f"{found:.0f}" for found in cost)]
         for kind in kinds:
@@ -258,6 +261,7 @@ def _quality(result: Result, plot: Path) -> list[str]:
         f"Windows of {length} tokens: {texts} of text as what was calibrated on; with standard errors. Bits are those "
         "of the linear layers, scales included. Peers are judged by the weights that theirs stand for.",
         _markdown(rows),
+        *([f"Not measured: {'; '.join(missing)}."] if missing else []),
         *_summary(result, plot),
     ]
 

@@ -154,11 +154,13 @@ def test_quality_has_standard_errors(tmp_path: Path) -> None:
     peer = {"recipe": "a peer", "linear_bits": 4.5}
     result = {
         "benchmark": "quality", "summary": {"mse / rtn": 0.7}, "windows": {"same kind": [6, 512, "0123"]},
-        "trials": [{**each, "same kind": judged} for each in (trial, peer)],
+        "trials": [*({**each, "same kind": judged} for each in (trial, peer)),
+                   {"recipe": "another peer", "missing": "no such package"}],
     }  # fmt: skip
     text = rendered(tmp_path, quality=result)
     assert "| INT4, g32 | 4.50 | 2 | 169 | 0.434 ± 0.01 | 1.611 ± 0.02 | 64.6 % |" in text
     assert "| a peer | 4.50 |  |  | 0.434 ± 0.01 |" in text
+    assert "Not measured: another peer (no such package)." in text
     assert "| mse / rtn | 0.7 |" in text
     assert b"INT4, g32" in (tmp_path / "plots" / "quality.svg").read_bytes()
 
