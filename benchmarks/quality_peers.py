@@ -21,13 +21,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from glmquant._calibrate import calibration_text
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import glmquant
 from benchmarks import measure, quality_llama
 from glmquant import Recipe, _open, families
+from glmquant.calibration import calibration_text
 from glmquant.families import TensorSpec
 from glmquant.recipe import Calibration
 from tests.engines.environments import Environment, EnvironmentFailed
