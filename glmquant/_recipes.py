@@ -96,7 +96,7 @@ def recipes(
             format takes, or a calibration without a calibrated one.
     """
     if calibration is not None and method not in CALIBRATED:
-        raise UsageError(f"--calibration is for --method {' and '.join(CALIBRATED)}; give one of them.")
+        raise UsageError(f"--calibration is for --method {', '.join(CALIBRATED)}; give one of them.")
     opened = open_source(ref)
     source = opened.source
     wanted = Recipe(method=method, calibration=calibration, quantize_head=quantize_head)

@@ -32,6 +32,8 @@ needs_pty = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-t
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FAKE_CHAT_LOG", str(tmp_path / "log"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "OUT").mkdir()
     return tmp_path / "log"
 
 

@@ -271,7 +271,7 @@ def test_public_names_are_documented(name: str) -> None:
 
 def test_errors_are_one_tree() -> None:
     errors = [getattr(glmquant, name) for name in glmquant.__all__ if name.endswith("Error")]
-    assert len(errors) == 11
+    assert len(errors) == 12
     assert all(issubclass(error, glmquant.GlmquantError) for error in errors)
     noes = {"VerificationError": 1, "DoesNotFitError": 1, "ModelError": 1}
     assert {error.__name__: error.exit_status for error in errors if error.exit_status != 2} == noes

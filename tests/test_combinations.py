@@ -273,7 +273,7 @@ def test_one_wrong_choice_is_put_right_by_any_of_the_advice(
             {"format": "awq"},
             "format 'awq' is not known; use compressed-tensors, cpm, gptq, bitsandbytes, gguf, safetensors",
         ),
-        ({"method": "awq"}, "method 'awq' is not known; use rtn, mse, thudm, bitsandbytes"),
+        ({"method": "best"}, "method 'best' is not known; use rtn, mse, thudm, bitsandbytes"),
         (
             {"method": "thudm"},
             "--method thudm does not go with --format compressed-tensors; use --method mse",

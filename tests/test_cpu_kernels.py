@@ -163,7 +163,7 @@ def test_a_16_bit_weight(dtype: torch.dtype) -> None:
 
 
 def name(rows: int, dtype: torch.dtype = torch.float16, group: int = 128) -> str:
-    return choice.choose(Request("cpu", dtype, rows, 256, group, 4, True)).name
+    return choice.choose(Request("cpu", dtype, rows, 256, group, 4, True, dtype)).name
 
 
 @needs_kernels
@@ -174,7 +174,9 @@ def test_which_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert name(1, group=16) == "PyTorch, tile by tile"
     monkeypatch.setenv("GLMQUANT_EXACT", "1")
     assert name(9) == "compiled CPU kernel"
-    assert "GLMQUANT_EXACT=1 asks" in choice.explain(Request("cpu", torch.float16, 9, 256, 128, 4, True))
+    assert "GLMQUANT_EXACT=1 asks" in choice.explain(
+        Request("cpu", torch.float16, 9, 256, 128, 4, True, torch.float16)
+    )
     monkeypatch.setattr(native._native, "has_amx", lambda: True)
     assert name(100, torch.bfloat16) == "PyTorch, tile by tile"
     assert name(16, torch.bfloat16) == name(100) == "compiled CPU kernel"

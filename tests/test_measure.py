@@ -169,7 +169,9 @@ def test_a_calibration_without_a_calibrated_method_is_refused(tmp_path: Path) ->
     for more in ([], ["--method", "mse"]):
         done = CliRunner().invoke(cli.main, [*options, *more])
         assert (done.exit_code, done.stdout) == (2, "")
-        assert "--calibration is for --method gptq and weighted-mse; give one of them" in done.stderr
+        assert (
+            "--calibration is for --method gptq, weighted-mse, awq, awq-gptq; give one of them" in done.stderr
+        )
     done = CliRunner().invoke(cli.main, ["recipes", source, "--context", "64", "--method", "hqq"])
     assert done.exit_code == 0, done.output
 

@@ -255,6 +255,6 @@ def test_what_the_compiled_kernels_object_to() -> None:
 
     assert asked(1) == _native.why_not()
     assert "1 rows wait" in str(
-        choice.IMPLEMENTATIONS[0].objection(ops.Request("cpu", torch.half, 1, 64, 32, 4, True))
+        choice.IMPLEMENTATIONS[0].objection(ops.Request("cpu", torch.half, 1, 64, 32, 4, True, torch.half))
     )
     assert "cuda" in str(asked(1, device="cuda"))

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glmquant import recipe
 from glmquant.errors import QuantizationError, UsageError
 from glmquant.packing import pack_nibbles_high_first
 from glmquant.quantizers import QUANTIZERS, LeastSquares, RoundToNearest, Thudm, get
@@ -213,7 +214,7 @@ def test_a_scale_beyond_half_is_refused(method: str) -> None:
 
 
 def test_the_dictionary_is_whole() -> None:
-    assert set(QUANTIZERS) == {"rtn", "mse", "thudm", "bitsandbytes", "hqq", "weighted-mse", "gptq"}
+    assert set(QUANTIZERS) == set(recipe.METHODS) | {"bitsandbytes"}
     for name, quantizer in QUANTIZERS.items():
         assert get(name) is quantizer
     for name in ("rtn", "mse", "thudm"):
