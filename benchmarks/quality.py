@@ -139,12 +139,20 @@ def _save(file: Path, windows: Any, trials: dict[str, Any]) -> None:
         "benchmark": "quality",
         "model": f"SmolLM2-135M-Instruct as ChatGLM3, lean, with a change of basis{apart}",
         **environment.describe(),
+        "note": "Rows that were there already are kept: commit and versions are those of the latest run.",
         "windows": windows,
         "trials": [trials[known] for known in (*RECIPES, *MIXED) if known in trials]
-        + [trials.get(known, {"recipe": known, "missing": "was not asked for"}) for known in PEERS],
+        + [trials.get(known) or _missing(file, known) for known in PEERS],
         "summary": summarize(trials),
     }
     file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _missing(file: Path, peer: str) -> dict[str, str]:
+    """The row of a peer that has none, with the reason that an earlier run gave."""
+    known = json.loads(file.read_text())["trials"] if file.exists() else []
+    before = (row for row in known if row["recipe"] == peer and "missing" in row)
+    return next(before, {"recipe": peer, "missing": "was not asked for"})
 
 
 def _kept(file: Path, windows: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def why_not(device: torch.device = _CPU) -> str | None:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, delta: Tensor | None) -> Tensor:
     """See `glmquant.ops.decoding.rms_norm`; x is contiguous."""
-    _check([x, weight], x if delta is None else delta)
+    check([x, weight], x if delta is None else delta)
     out = torch.empty_like(x)
     _library().glmquant_rms_norm(
         x.data_ptr(), None if delta is None else delta.contiguous().data_ptr(), weight.data_ptr(), FLOATS[x.dtype],
@@ -64,7 +64,7 @@ def rotate_and_store(
         The queries, [rows, heads, width].
     """
     rows, (_, groups, capacity, width) = qkv.shape[0], keys.shape
-    _check([keys, values], qkv, cos, sin)
+    check([keys, values], qkv, cos, sin)
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
     query = qkv.new_empty(rows, heads, width)
     _library().glmquant_rotate(
@@ -101,7 +101,7 @@ def attend(
     """
     rows, heads, width = query.shape
     _, groups, capacity, _ = keys.shape
-    _check([keys, values], query)
+    check([keys, values], query)
     query, out = query.contiguous(), query.new_empty(rows, heads * width)
     _library().glmquant_attend(
         query.data_ptr(), FLOATS[query.dtype], rows, heads, groups, width, keys.data_ptr(), values.data_ptr(),
@@ -111,8 +111,16 @@ def attend(
     return out
 
 
-def _check(in_place: list[Tensor], *others: Tensor) -> None:
-    """What would be read as another dtype, or at places that are not there; others are copied where they must be."""
+def check(in_place: list[Tensor], *others: Tensor) -> None:
+    """Refuse what would be read as another dtype, or at places that are not there.
+
+    Args:
+        in_place: must be contiguous.
+        others: are copied where they are not.
+
+    Raises:
+        UsageError: they are of several dtypes, or not contiguous.
+    """
     if any(not t.is_contiguous() or t.dtype != in_place[0].dtype for t in in_place) or any(
         other.dtype != in_place[0].dtype for other in others
     ):

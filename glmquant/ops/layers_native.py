@@ -17,6 +17,7 @@ from .. import _native
 from .._floats import FLOATS
 from . import native
 from .choice import Request, choose
+from .decoding_native import check
 from .weight import Weight
 
 
@@ -86,6 +87,7 @@ class CompiledLayers:
     def __init__(
         self, layers: Sequence[Layer], attention: Attention, keys: Sequence[Tensor], values: Sequence[Tensor]
     ) -> None:
+        check([*keys, *values], *(norm for layer in layers for norm in (layer.input_norm, layer.middle_norm)))
         _, groups, capacity, width = keys[0].shape
         self._layers, self._cache = list(layers), (list(keys), list(values))
         self._dtype = keys[0].dtype
@@ -128,7 +130,7 @@ class CompiledLayers:
         table, library = self._table(rows), _native.library()
         assert table is not None
         assert library is not None
-        assert {hidden.dtype, cos.dtype, sin.dtype} == {self._dtype}
+        check([self._cache[0][0], hidden], cos, sin)
         cos, sin, delta = cos.contiguous(), sin.contiguous(), torch.empty_like(hidden)
         with native.rows_alone():
             few = native.few(rows)

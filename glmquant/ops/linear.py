@@ -66,7 +66,6 @@ def dequantize(
         UsageError: shapes or dtypes that do not go together.
     """
     x = torch.empty((0, columns), dtype=dtype, device=packed.device)
-    _check_ranks(x, packed, scale)
     _check(x, packed, scale, zero_point, None, bits)
     return reference.dequantize(packed, scale, zero_point, bits, columns, dtype)
 
@@ -82,7 +81,6 @@ def _define(bits: int) -> None:
     def run(
         x: Tensor, weight_packed: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        _check_ranks(x, weight_packed, weight_scale)
         _check(x, weight_packed, weight_scale, zero_point, bias, bits)
         request = Request.of(x, weight_scale, zero_point, bits, Layout(weight_packed.dim()))
         rows = x.reshape(-1, x.shape[-1])
@@ -92,7 +90,6 @@ def _define(bits: int) -> None:
     def fake(
         x: Tensor, weight_packed: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        _check_ranks(x, weight_packed, weight_scale)
         _check(x, weight_packed, weight_scale, zero_point, bias, bits)
         return x.new_empty((*x.shape[:-1], height(weight_packed)))
 
@@ -120,6 +117,7 @@ def _check(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int
 ) -> None:
     """What would otherwise be a wrong result, or an access beyond the end in a kernel."""
+    _check_ranks(x, packed, scale)
     columns, rows, layout = x.shape[-1], height(packed), Layout(packed.dim())
     others = [t for t in (packed, scale, zero_point, bias) if t is not None and t.device != x.device]
     if others:

@@ -110,7 +110,9 @@ def test_humming_kernels(
 ) -> None:
     """Where they are installed: as exact as ours, through a layer that is loaded for them."""
     if why_not := humming.why_not(GPU, bits, symmetric, dtype):
-        pytest.skip(why_not)
+        if "not installed" in why_not or "compute capability" in why_not:
+            pytest.skip(why_not)
+        pytest.fail(why_not)  # it gave a wrong result, or cannot compile
     monkeypatch.setenv("GLMQUANT_HUMMING", "1")
     scale_dtype: Any = str(dtype).removeprefix("torch.")
     for (rows, columns), group in itertools.product(((4608, 4096), (512, 13696)), (128, None)):
